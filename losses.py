@@ -1,0 +1,50 @@
+"""The loss terms, under the names they carry in the paper, in the code and in the logs.
+
+All take logits or images as the networks return them and compute in float32 whatever the networks' precision.
+Source of the formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255  # label of pixels that count neither in a loss nor in a metric
+
+
+def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2] (Mao et al. 2017), each scale's mean, summed over the scales.
+
+    real, fake: one (N, 1, h, w) score map per scale -> scalar.
+    """
+    return sum((r.float() - 1).square().mean() + f.float().square().mean() for r, f in zip(real, fake, strict=True))
+
+
+def lsgan_g(fake: list[Tensor]) -> Tensor:
+    """L_GAN for the generator: E[(D(G(x_s, x_t)) - 1)^2], each scale's mean, summed over the scales -> scalar."""
+    return sum((f.float() - 1).square().mean() for f in fake)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0 (with a gradient of 0) if there are none.
+
+    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE -> scalar. This is L_sup's term, and with f_seg's
+    logits of a generated image and the source label it is L_sem.
+    """
+    total = F.cross_entropy(logits.float(), y, ignore_index=IGNORE, reduction="sum")
+    return total / (y != IGNORE).sum().clamp(min=1)
+
+
+def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """L_con: mean squared error between the two softmaxes, **mean over batch, classes and cells**.
+
+    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2/C]. No gradient reaches the
+    teacher. delta_con has a meaning only together with this reduction: a sum over classes would be C times as large.
+    """
+    return F.mse_loss(student_logits.float().softmax(1), teacher_logits.detach().float().softmax(1))
+
+
+def sigmoid_ramp_up(step: int, length: float) -> float:
+    """exp(-5 (1 - x)^2) with x = step/length clipped to [0, 1] (Tarvainen & Valpola 2017); 1 where length is 0."""
+    x = min(max(step / length, 0.0), 1.0) if length > 0 else 1.0
+    return math.exp(-5 * (1 - x) ** 2)

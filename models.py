@@ -1,0 +1,306 @@
+"""The four networks: generator, discriminator, FCN-8s (f_seg) and DeepLab VGG-16 (student and teacher).
+
+Images are (N, 3, H, W) float in [-1, 1] everywhere; the segmentation networks turn them into ImageNet's normalisation
+themselves. Any H and W are accepted: each network pads at the right and bottom to what its strides divide and crops
+its output again, so that pixel (i, j) of the output always belongs to pixel (i, j) of the input. Up-sampling uses the
+half-pixel convention (align_corners=False): cell i of a map with stride s covers pixels s*i to s*i + s - 1.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.models.vgg import cfgs, make_layers
+
+from runtime import UserError, load_weights
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """x: (N, C, H, W) -> (N, C, H', W') with H', W' the next multiples; edge pixels repeated at the right and bottom."""
+    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+
+# ------------------------------------------------------------------------------------------------------- generator
+
+
+def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
+    """AdaIN(c; gamma, beta) = gamma * (c - mu(c)) / sigma(c) + beta (Huang & Belongie 2017), statistics in float32.
+
+    content: (N, C, H, W); gamma, beta: (N, C). mu and sigma are taken over H and W, for each image and channel.
+    """
+    c = content.float()
+    var, mean = torch.var_mean(c, dim=(2, 3), keepdim=True, correction=0)
+    normalised = (c - mean) * torch.rsqrt(var + eps)
+    return (gamma.float()[..., None, None] * normalised + beta.float()[..., None, None]).to(content.dtype)
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, pad: int | None = None) -> nn.Conv2d:
+    """Convolution that keeps the size at stride 1, with reflection padding as in MUNIT."""
+    pad = kernel // 2 if pad is None else pad
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, pad, padding_mode="reflect")
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))): instance norm, or AdaIN where the caller passes its parameters."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = conv(channels, channels, 3), conv(channels, channels, 3)
+
+    def forward(self, x: Tensor, gammas: Tensor | None = None, betas: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W); gammas, betas: (N, 2, C) for the two AdaIN layers, or None for plain instance norm."""
+        if gammas is None:
+            gammas, betas = x.new_ones(len(x), 2, x.shape[1]), x.new_zeros(len(x), 2, x.shape[1])
+        y = F.relu(adain(self.conv1(x), gammas[:, 0], betas[:, 0]))
+        return x + adain(self.conv2(y), gammas[:, 1], betas[:, 1])
+
+
+class Generator(nn.Module):
+    """G(x_s, x_t) = decoder(AdaIN(E_s(x_s), E_t(x_t))): repaints a source image in the style of a target image.
+
+    width: channels of the first layer; style_dim: length of the style vector; mlp_dim: hidden units from style to
+    AdaIN parameters; downsamples: strided convolutions of E_s; res_blocks: residual blocks of E_s, and of the decoder.
+    Widths follow MUNIT (Huang et al. 2018), the method's ancestor: 64, 8, 256, 2, 4.
+    """
+
+    def __init__(self, width=64, style_dim=8, mlp_dim=256, downsamples=2, res_blocks=4):
+        super().__init__()
+        self.multiple, self.res_blocks = 2**downsamples, res_blocks
+        c = width
+        down = [conv(3, c, 7), nn.InstanceNorm2d(c), nn.ReLU()]
+        for _ in range(downsamples):
+            down += [conv(c, 2 * c, 4, 2, 1), nn.InstanceNorm2d(2 * c), nn.ReLU()]
+            c *= 2
+        self.channels = c
+        self.encoder_s = nn.Sequential(*down)
+        self.encoder_s_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
+
+        # The style keeps its means and variances, so E_t has no normalisation.
+        s, style = width, [conv(3, width, 7), nn.ReLU()]
+        for i in range(4):
+            s_out = min(2 * s, 4 * width)
+            style += [conv(s, s_out, 4, 2, 1), nn.ReLU()]
+            s = s_out
+        self.encoder_t = nn.Sequential(*style, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(s, style_dim))
+        self.mlp = nn.Sequential(nn.Linear(style_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, mlp_dim), nn.ReLU(),
+                                 nn.Linear(mlp_dim, 2 * 2 * c * res_blocks))
+
+        self.decoder_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
+        up = []
+        for _ in range(downsamples):
+            # Normalisation over all channels together keeps the channel statistics that AdaIN has just set.
+            up += [nn.Upsample(scale_factor=2), conv(c, c // 2, 5), nn.GroupNorm(1, c // 2), nn.ReLU()]
+            c //= 2
+        self.decoder = nn.Sequential(*up, conv(c, 3, 7))
+
+    def encode_content(self, x_s: Tensor) -> Tensor:
+        """x_s: (N, 3, H, W) -> content (N, C, ceil(H/m), ceil(W/m)), m = 2**downsamples."""
+        content = self.encoder_s(pad_to_multiple(x_s, self.multiple))
+        for block in self.encoder_s_blocks:
+            content = block(content)
+        return content
+
+    def encode_style(self, x_t: Tensor) -> Tensor:
+        """x_t: (N, 3, H, W), at least 17 pixels high and wide after padding to 16s -> style (N, style_dim)."""
+        return self.encoder_t(pad_to_multiple(x_t, 16))
+
+    def decode(self, content: Tensor, style: Tensor, size) -> Tensor:
+        """content, style -> image (N, 3, *size) in [-1, 1]."""
+        parameters = self.mlp(style).float().view(len(style), self.res_blocks, 2, 2, self.channels)
+        for i, block in enumerate(self.decoder_blocks):
+            content = block(content, 1 + parameters[:, i, 0], parameters[:, i, 1])
+        return torch.tanh(self.decoder(content).float())[..., : size[0], : size[1]]
+
+    def forward(self, x_s: Tensor, x_t: Tensor) -> Tensor:
+        """x_s: (N, 3, H, W) content; x_t: (N, 3, H', W') style -> (N, 3, H, W) in [-1, 1]."""
+        return self.decode(self.encode_content(x_s), self.encode_style(x_t), x_s.shape[-2:])
+
+
+# --------------------------------------------------------------------------------------------------- discriminator
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """PatchGANs on an image pyramid, in the manner of pix2pixHD (Wang et al. 2018), spectral norm on every convolution.
+
+    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the last.
+    """
+
+    def __init__(self, width=64, layers=4, scales=3):
+        super().__init__()
+        self.patch_gans = nn.ModuleList(self._patch_gan(width, layers) for _ in range(scales))
+
+    @staticmethod
+    def _patch_gan(width: int, layers: int) -> nn.Sequential:
+        c, modules = 3, []
+        for i in range(layers):
+            c_out = width * min(2**i, 8)
+            modules += [spectral_norm(nn.Conv2d(c, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            c = c_out
+        return nn.Sequential(*modules, spectral_norm(nn.Conv2d(c, 1, 1)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN)."""
+        scores = []
+        for i, patch_gan in enumerate(self.patch_gans):
+            if i:
+                x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+            scores.append(patch_gan(x))
+        return scores
+
+
+# ---------------------------------------------------------------------------------------------------------- VGG-16
+
+
+def vgg16_state(pretrained: str, batch_norm: bool) -> dict:
+    """torchvision's VGG-16 state dict: `imagenet` by torchvision's own API, else from the file `pretrained`.
+
+    Raises UserError, saying where the file belongs, when there is neither network nor file.
+    """
+    weights = torchvision.models.get_model_weights("vgg16_bn" if batch_norm else "vgg16").IMAGENET1K_V1
+    if pretrained == "imagenet":
+        try:
+            return weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+            raise UserError(f"pretrained=imagenet: the weights cannot be downloaded ({error}); put {weights.url} at "
+                            f"{path}, or give its path as 'pretrained'") from None
+    if not Path(pretrained).is_file():
+        raise UserError(f"pretrained={pretrained}: no such file; use none, imagenet, or the path of {weights.url}")
+    try:
+        return torch.load(pretrained, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
+        raise UserError(f"pretrained={pretrained}: not a readable state dict ({type(error).__name__}); "
+                        f"use the file {weights.url}") from None
+
+
+class VGGSegmenter(nn.Module):
+    """What both segmentation networks share: torchvision's VGG-16 convolutions, and ImageNet's normalisation."""
+
+    def __init__(self, width: float, batch_norm: bool):
+        super().__init__()
+        plan = [c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]]
+        self.features = make_layers(plan, batch_norm)
+        for m in self.features:  # torchvision's own initialisation of VGG
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+        self.batch_norm = batch_norm
+        self.trunk_channels = [c for c in plan if c != "M"]
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def load_trunk(self, pretrained: str) -> dict:
+        """Loads the trunk from torchvision's weights (see `vgg16_state`) and returns the whole state dict."""
+        state = vgg16_state(pretrained, self.batch_norm)
+        trunk = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        load_weights(self.features, trunk, f"pretrained={pretrained}")
+        return state
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[-1, 1] -> the normalisation of torchvision's ImageNet weights."""
+        return ((x + 1) / 2 - self.mean) / self.std
+
+
+def bilinear_(layer: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
+    """Initialises a transposed convolution of kernel 2s, stride s, padding s/2 to bilinear up-sampling by s."""
+    s = layer.stride[0]
+    ramp = 1 - (torch.arange(2 * s) - s + 0.5).abs() / s
+    with torch.no_grad():
+        layer.weight.zero_()
+        for c in range(layer.in_channels):
+            layer.weight[c, c] = ramp[:, None] * ramp[None, :]
+    return layer
+
+
+class FCN8s(VGGSegmenter):
+    """FCN-8s (Long, Shelhamer, Darrell 2015) on VGG-16: fc6 and fc7 as convolutions, skips from pool3 and pool4.
+
+    classes: number of classes; width: channels relative to the published ones; dropout: after fc6 and fc7.
+    The published net pads its input by 100 pixels; here fc6 pads its own 7x7 window instead, which keeps every map
+    aligned with the input. pretrained: none, imagenet or a file; at width 1 fc6 and fc7 are then loaded as well.
+    """
+
+    def __init__(self, classes: int, width=1.0, batch_norm=False, dropout=0.5, pretrained="none"):
+        super().__init__(width, batch_norm)
+        c3, c4, c5, hidden = self.trunk_channels[6], self.trunk_channels[9], self.trunk_channels[12], max(1, round(4096 * width))
+        self.fc6, self.fc7 = nn.Conv2d(c5, hidden, 7, padding=3), nn.Conv2d(hidden, hidden, 1)
+        for layer in (self.fc6, self.fc7):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        self.dropout = nn.Dropout2d(dropout)
+        self.score7, self.score4, self.score3 = (nn.Conv2d(c, classes, 1) for c in (hidden, c4, c3))
+        for layer in (self.score7, self.score4, self.score3):  # the published net starts from scores of 0, too
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        up = [nn.ConvTranspose2d(classes, classes, 2 * s, s, s // 2, bias=False) for s in (2, 2, 8)]
+        self.up7, self.up4, self.up3 = map(bilinear_, up)
+        ends = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
+        self.pool3, self.pool4 = ends[2] + 1, ends[3] + 1
+        if pretrained != "none":
+            state = self.load_trunk(pretrained)
+            if width == 1.0 and "classifier.0.weight" in state:
+                for layer, name in ((self.fc6, "classifier.0"), (self.fc7, "classifier.3")):
+                    layer.weight.data.copy_(state[f"{name}.weight"].view_as(layer.weight))
+                    layer.bias.data.copy_(state[f"{name}.bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""
+        height, width = x.shape[-2:]
+        pool3 = self.features[: self.pool3](self.normalise(pad_to_multiple(x, 32)))
+        pool4 = self.features[self.pool3 : self.pool4](pool3)
+        pool5 = self.features[self.pool4 :](pool4)
+        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(pool5))))))
+        score = self.up7(self.score7(fc7)) + self.score4(pool4)
+        score = self.up4(score) + self.score3(pool3)
+        return self.up3(score)[..., :height, :width]
+
+
+class DeepLabVGG16(VGGSegmenter):
+    """DeepLab on VGG-16 with ASPP (Chen et al. 2017, DeepLab-v2), output stride 8.
+
+    pool4 and pool5 keep the size and conv5 is dilated by 2; four ASPP branches (3x3 dilated by `rates` -> 1x1 -> 1x1
+    classifier, 1024 channels at width 1, dropout after the first two) are summed.
+    """
+
+    STRIDE = 8
+
+    def __init__(self, classes: int, width=1.0, batch_norm=False, dropout=0.5, rates=(6, 12, 18, 24), pretrained="none"):
+        super().__init__(width, batch_norm)
+        pools = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
+        for i in pools[3:]:
+            self.features[i] = nn.MaxPool2d(3, 1, 1)
+        for m in self.features[pools[3] :]:
+            if isinstance(m, nn.Conv2d):
+                m.dilation = m.padding = (2, 2)
+        c5, hidden = self.trunk_channels[12], max(1, round(1024 * width))
+        self.aspp = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c5, hidden, 3, padding=r, dilation=r), nn.ReLU(), nn.Dropout(dropout),
+                          nn.Conv2d(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(hidden, classes, 1))
+            for r in rates)
+        for branch in self.aspp:
+            for m in branch:
+                if isinstance(m, nn.Conv2d):
+                    nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                    nn.init.zeros_(m.bias)
+            nn.init.normal_(branch[-1].weight, std=0.01)
+        if pretrained != "none":
+            self.load_trunk(pretrained)
+
+    def forward(self, x: Tensor, full_size: bool = False) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), or (N, classes, H, W) float32."""
+        features = self.features(self.normalise(pad_to_multiple(x, self.STRIDE)))
+        logits = sum(branch(features) for branch in self.aspp)
+        return self.upsample(logits, x.shape[-2:]) if full_size else logits
+
+    @classmethod
+    def upsample(cls, logits: Tensor, size) -> Tensor:
+        """Logits before up-sampling (N, C, ceil(H/8), ceil(W/8)) -> (N, C, H, W), bilinear, in float32."""
+        full = F.interpolate(logits.float(), scale_factor=cls.STRIDE, mode="bilinear", align_corners=False)
+        return full[..., : size[0], : size[1]]

@@ -1,0 +1,574 @@
+"""What the four stages share: configuration, command line, device, seeding, run folder, checkpoint, log, sheets.
+
+Nothing in this file knows the method. Whatever a user can get wrong ends in a `UserError`: one line that names the
+key or the file and the mend, exit status 2, no traceback.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+import yaml
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line that is shown."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration keys
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key: default, kind, range and meaning. `null` says that `null` is a valid value."""
+
+    default: object
+    kind: str  # int | float | bool | str | name | choice | size | ints
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple = ()
+    null: bool = False
+
+    def range(self) -> str:
+        """The valid values in words, as they stand in `cfg.yaml` and in error messages."""
+        if self.kind == "choice":
+            words = " | ".join(self.choices)
+        elif self.kind == "bool":
+            words = "true | false"
+        elif self.kind in ("int", "float"):
+            noun = {"int": "whole number", "float": "number"}[self.kind]
+            if self.high is None:
+                words = f"{noun}, {self.low:g} or more"
+            else:
+                words = f"{noun}, {self.low:.10g} to {self.high:.10g}"
+        else:
+            words = {
+                "str": "text",
+                "name": "letters, digits, '.', '_', '-'",
+                "size": "[height, width]",
+                "ints": f"list of whole numbers, {self.low or 0:g} or more",
+            }[self.kind]
+        return words + (" or null" if self.null else "")
+
+    def parse(self, value):
+        """Returns `value` in the key's own type; raises ValueError where it does not fit."""
+        if value is None:
+            if self.null:
+                return None
+            raise ValueError
+        if self.kind == "bool":
+            if isinstance(value, bool):
+                return value
+            raise ValueError
+        if self.kind in ("int", "float"):
+            # YAML 1.1 reads 1e-4 (no dot) as text; people write it all the same.
+            number = float(value) if self.kind == "float" and isinstance(value, str) else value
+            if isinstance(number, bool) or not isinstance(number, int if self.kind == "int" else (int, float)):
+                raise ValueError
+            if not self.low <= number <= (float("inf") if self.high is None else self.high) or number == float("inf"):
+                raise ValueError
+            return number if self.kind == "int" else float(number)
+        if self.kind in ("size", "ints"):
+            if not isinstance(value, (list, tuple)) or not value or (self.kind == "size" and len(value) != 2):
+                raise ValueError
+            if any(isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0) for v in value):
+                raise ValueError
+            return list(value)
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError
+        if self.kind == "choice" and value not in self.choices:
+            raise ValueError
+        if self.kind == "name" and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value):
+            raise ValueError
+        return value
+
+
+VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
+
+# The default is the built-in job: streets, small enough for 2 CPU cores. Where the paper's own value is not known the
+# choice is ours; configs/ holds other settings. cfg.yaml is this table written out (a test compares the two).
+KEYS = {
+    "name": Key("streets", "name", "run name; all results go to OUTPUT/NAME"),
+    "seed": Key(0, "int", "seed of every random draw; equal seeds give equal runs", 0, 2**31 - 1),
+    "output": Key("runs", "str", "folder that holds the run folders"),
+    "device": Key("auto", "str", "auto (CUDA if there is one), cpu, cuda or cuda:N"),
+    "precision": Key("auto", "choice", "arithmetic of the networks; auto is bfloat16 where the device has it",
+                     choices=("auto", "float32", "bfloat16")),
+    "workers": Key(0, "int", "processes that read images; 0 reads in the training process", 0, 256),
+    "log_every": Key(20, "int", "steps between two lines of the log", 1),
+    "sheet_every": Key(500, "int", "steps between two image sheets", 1),
+    "save_every": Key(500, "int", "steps between two checkpoints", 1),
+    "flip": Key(True, "bool", "mirror half of the training images left to right, labels with them"),
+    "classes": Key("auto", "str", "class list; auto takes the one that source and target share"),
+
+    "source.dataset": Key("streets", "str", "labelled data set, a table in datasets.py"),
+    "source.root": Key(None, "str", "its folder; streets needs none", null=True),
+    "source.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
+    "source.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
+    "target.dataset": Key("streets", "str", "unlabelled data set, a table in datasets.py"),
+    "target.root": Key(None, "str", "its folder; streets needs none", null=True),
+    "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
+    "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
+
+    "fseg.checkpoint": Key(None, "str", "ready f_seg checkpoint (a fseg.pt); null trains one", null=True),
+    "fseg.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),
+    "fseg.width": Key(0.25, "float", "channels of FCN-8s relative to the published ones", 0.01, 4),
+    "fseg.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
+    "fseg.dropout": Key(0.5, "float", "dropout probability after fc6 and fc7", 0, 0.99),
+    "fseg.steps": Key(500, "int", "training steps of f_seg", 0),
+    "fseg.batch": Key(8, "int", "source images per step", 1),
+    "fseg.lr": Key(1e-3, "float", "Adam learning rate, falls to 0 as (1 - step/steps)^0.9", 0),
+    "fseg.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
+
+    "gan.steps": Key(1500, "int", "training steps of G and D", 0),
+    "gan.batch": Key(2, "int", "source and target images per step", 1),
+    "gan.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "gan.lambda_sem": Key(5.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
+    "gan.lr_g": Key(4e-4, "float", "Adam learning rate of G", 0),
+    "gan.lr_d": Key(4e-4, "float", "Adam learning rate of D", 0),
+    "gan.weight_decay": Key(1e-4, "float", "L2 weight decay of both optimisers", 0),
+    "gan.width": Key(24, "int", "channels of G's first layer (MUNIT: 64)", 1),
+    "gan.style_dim": Key(8, "int", "length of the style vector", 1),
+    "gan.mlp_dim": Key(64, "int", "hidden units of the MLP from style to AdaIN parameters (MUNIT: 256)", 1),
+    "gan.downsamples": Key(2, "int", "strided convolutions of the source encoder", 0, 6),
+    "gan.res_blocks": Key(3, "int", "residual blocks in the encoder, and in the decoder (MUNIT: 4)", 1),
+    "gan.d_width": Key(24, "int", "channels of D's first layer (MUNIT: 64)", 1),
+    "gan.d_layers": Key(3, "int", "strided convolutions per scale of D (MUNIT: 4)", 1, 8),
+    "gan.d_scales": Key(2, "int", "image scales D looks at (MUNIT: 3)", 1, 6),
+
+    "augment.styles_per_image": Key(1, "int", "generated images per source image, each with its own guide", 1),
+    "augment.batch": Key(8, "int", "images generated at a time", 1),
+
+    "selfens.variant": Key("tgcf_da_se", "choice", "row of the paper's table", choices=VARIANTS),
+    "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),
+    "selfens.width": Key(0.25, "float", "channels of the DeepLab VGG-16 relative to the published ones", 0.01, 4),
+    "selfens.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
+    "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1),
+    "selfens.dropout": Key(0.3, "float", "dropout probability in ASPP, student and teacher", 0, 0.99),
+    "selfens.steps": Key(600, "int", "student updates", 0),
+    "selfens.batch": Key(4, "int", "images per domain and step", 1),
+    "selfens.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "selfens.lr": Key(1e-3, "float", "Adam learning rate, falls to 0 as (1 - step/steps)^0.9", 0),
+    "selfens.weight_decay": Key(1e-4, "float", "L2 weight decay", 0),
+    "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
+    "selfens.delta_con": Key(10.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
+    "selfens.ramp_up": Key(0.4, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
+    "selfens.noise_std": Key(0.1, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
+
+    "eval.batch": Key(8, "int", "images predicted at a time", 1),
+}
+# Keys that cannot change what a run computes; a resumed run may change them, every other one is refused.
+FREE_KEYS = ("name", "output", "device", "workers", "log_every", "sheet_every", "save_every", "eval.batch")
+
+
+def describe(flat: dict) -> str:
+    """The configuration as YAML, each key with its meaning and range on its own line."""
+    lines, section = [], None
+    for key, spec in KEYS.items():
+        head, _, leaf = key.rpartition(".")
+        if head != section and head:
+            lines += ["", f"{head}:"]
+        section = head
+        value = json.dumps(flat[key]) if not isinstance(flat[key], str) else flat[key]
+        lines.append(f"{'  ' if head else ''}{leaf}: {value}".ljust(32) + f"  # {spec.help} ({spec.range()})")
+    return "\n".join(lines) + "\n"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a key written twice instead of keeping the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node.value, str) else None
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str, where: str):
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _leaves(tree: dict, where: str, prefix: str = ""):
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if any(known.startswith(f"{dotted}.") for known in KEYS):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: '{dotted}' is a section: write its keys indented below it")
+            yield from _leaves(value, where, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _put(flat: dict, key: str, value, where: str):
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1, 0.4)
+        leaf = [known for known in KEYS if known.rpartition(".")[2] == key]
+        hint = f"; did you mean '{(leaf or near)[0]}'?" if leaf or near else "; --help lists the keys"
+        raise UserError(f"{where}: unknown key {key!r}{hint}")
+    try:
+        flat[key] = KEYS[key].parse(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: '{key}' must be {KEYS[key].range()}, not {value!r}") from None
+
+
+def load_config(path: str | None, overrides: list[str] = ()) -> SimpleNamespace:
+    """Default values, then the YAML file, then `key=value` overrides.
+
+    Returns nested namespaces (`cfg.gan.steps`); `cfg.flat` is the same as {dotted key: value}.
+    Raises UserError, naming the file and the key, for whatever is not a known key with a value of its type and range.
+    """
+    flat = {key: spec.default for key, spec in KEYS.items()}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read as a config ({getattr(error, 'strerror', 0) or error})") from None
+        tree = _yaml(text, path)
+        if not isinstance(tree, dict | None):
+            raise UserError(f"{path}: a config is a list of 'key: value' lines, not {type(tree).__name__}")
+        for key, value in _leaves(tree or {}, path):
+            _put(flat, key, value, path)
+    for item in overrides:
+        key, _, text = item.partition("=")
+        _put(flat, key, _yaml(text, f"command line, {key}"), "command line")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flat["device"]):
+        raise UserError(f"{path or 'command line'}: 'device' must be auto, cpu, cuda or cuda:N, not {flat['device']!r}")
+    return nested(flat)
+
+
+def nested(flat: dict) -> SimpleNamespace:
+    """{dotted key: value} as namespaces, with the dictionary itself in `.flat`."""
+    cfg = SimpleNamespace(flat=flat)
+    for key, value in flat.items():
+        head, _, leaf = key.rpartition(".")
+        if head and not hasattr(cfg, head):
+            setattr(cfg, head, SimpleNamespace())
+        setattr(getattr(cfg, head) if head else cfg, leaf, value)
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command_line(doc: str, sections: tuple, add_arguments=None, argv=None):
+    """Parses `STAGE.py [CFG] [key=value ...]`.
+
+    doc: the stage's manual; sections: the config sections it uses, whose keys `--help` explains ("" is the top level).
+    Returns (cfg, args). Exits with status 0 for --help and raises UserError for anything wrong.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(f"command line: {message}; --help explains the arguments")
+
+    manual = ["keys (in the file as nested YAML, on the command line as key=value):"]
+    for key, spec in KEYS.items():
+        if key.rpartition(".")[0] in sections:
+            manual.append(f"  {key}  [{json.dumps(spec.default)}]\n      {spec.help} ({spec.range()})")
+    parser = Parser(description=doc, epilog="\n".join(manual), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="*", metavar="CFG key=value", help="config file (default cfg.yaml), overrides")
+    if add_arguments:
+        add_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
+    files = [item for item in args.items if "=" not in item or Path(item).is_file()]
+    if len(files) > 1:
+        raise UserError(f"command line: one config file, not {len(files)} ({', '.join(files)}); overrides are key=value")
+    path = files[0] if files else "cfg.yaml"
+    cfg = load_config(path, [item for item in args.items if item not in files])
+    return cfg, args
+
+
+def run_main(main) -> None:
+    """Runs a stage: a UserError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------- device and randomness
+
+
+def get_device(cfg) -> torch.device:
+    """The device that `device` names. Raises UserError where it does not exist."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: {torch.cuda.device_count()} CUDA devices are visible; use device=cpu or auto")
+    return device
+
+
+def get_precision(cfg, device: torch.device) -> str:
+    """`precision`, with auto resolved to what the device computes fast: float32 or bfloat16."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def autocast(device: torch.device, precision: str):
+    """Context in which the networks' matrix products run in `precision`; losses leave it by `.float()`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def key_seed(*key) -> int:
+    """A 63-bit seed that is a function of its arguments alone, such as (seed, "gan", step)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def random_generator(*key) -> np.random.Generator:
+    """numpy generator for one draw or one sample: nothing to store for a resumed run, the same for any worker."""
+    return np.random.default_rng(key_seed(*key))
+
+
+def seed_torch(*key) -> None:
+    """Seeds torch on all devices for one step: its dropout and noise are then a function of (seed, stage, step)."""
+    torch.manual_seed(key_seed(*key))
+
+
+def poly_lr(optimiser, lr: float, step: int, steps: int) -> None:
+    """Sets the learning rate of step 1 ... steps to lr * (1 - (step - 1)/steps)^0.9, DeepLab's "poly" schedule."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * (1 - (step - 1) / steps) ** 0.9
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+
+
+def digest(obj) -> str:
+    """Short digest of any JSON-able object."""
+    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_digest(state: dict) -> str:
+    """Short SHA-256 of a state dict's names and values, whatever file they were stored in."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def atomic_write(path: Path, write) -> None:
+    """Calls write(file) on a temporary file beside `path`, flushes it to disk and renames it: all or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, obj) -> None:
+    """Writes an object as indented JSON, all or nothing."""
+    atomic_write(path, lambda file: file.write((json.dumps(obj, indent=1) + "\n").encode()))
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder and its parents. Raises UserError where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); set 'output' to a folder you may write") from None
+    return path
+
+
+def load_checkpoint(path, mend: str) -> dict:
+    """Loads a checkpoint onto the CPU, tensors and plain values only (no code in it is run).
+
+    mend: what to do where the file is missing, for the error message.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; {mend}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
+
+
+def load_weights(module: torch.nn.Module, state: dict, where) -> None:
+    """load_state_dict that names the file and the first difference instead of printing all of them."""
+    own = module.state_dict()
+    for key in sorted(set(own) | set(state)):
+        if key not in state or key not in own:
+            raise UserError(f"{where}: made for another architecture: '{key}' is only in the "
+                            f"{'model' if key in own else 'file'}; use the config it was trained with")
+        if own[key].shape != state[key].shape:
+            raise UserError(f"{where}: made for another architecture: '{key}' is {list(state[key].shape)} in the file, "
+                            f"{list(own[key].shape)} in the model; use the config it was trained with")
+    module.load_state_dict(state)
+
+
+def environment(cfg, device, precision) -> dict:
+    """What a result depends on beside the config: commit, versions, device, arithmetic."""
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": precision,
+    }
+
+
+class Run:
+    """One stage's folder: effective config, environment, JSON Lines log, TensorBoard events, sheets, checkpoint.
+
+    cfg: the config; stage: name for seeds and messages; folder: OUTPUT/NAME/...; sections: config sections on which
+    this stage's result depends ("" is the top level). A folder that holds another config's run is refused.
+    """
+
+    def __init__(self, cfg, stage: str, folder: Path, sections: tuple, restart: bool = False):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and `--help` should not wait for it
+
+        self.cfg, self.stage, self.folder = cfg, stage, folder
+        self.device = get_device(cfg)
+        self.precision = get_precision(cfg, self.device)
+        self.config = {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
+        self.config["precision"] = self.precision
+        if restart and folder.exists():
+            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            print(f"{stage}: --restart: the old folder is now {aside}")
+        make_folder(folder)
+        self.checkpoint = folder / "last.pt"
+        self.state = load_checkpoint(self.checkpoint, f"remove it or use --restart to train {stage} anew") \
+            if self.checkpoint.exists() else None
+        if self.state:
+            then = self.state["config"]
+            changed = [f"{k} ({then.get(k)!r} then, {self.config.get(k)!r} now)"
+                       for k in sorted(set(then) | set(self.config)) if then.get(k) != self.config.get(k)]
+            if changed:
+                raise UserError(f"{folder}: holds a run with another config: {', '.join(changed)}; choose another "
+                                "'name', put the value back, or use --restart")
+        self.start = self.state["step"] if self.state else 0
+        atomic_write(folder / "config.yaml", lambda file: file.write(describe(cfg.flat).encode()))
+        here = environment(cfg, self.device, self.precision)
+        write_json(folder / f"run-{self.start:07d}.json", here)
+        self._log_path = folder / "log.jsonl"
+        kept = []
+        if self._log_path.exists():  # lines after the checkpoint will be computed, and written, again
+            lines = self._log_path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.start]
+        atomic_write(self._log_path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        self._log = open(self._log_path, "a", encoding="utf-8")
+        self.events = SummaryWriter(folder, purge_step=self.start + 1 if self.state else None)
+        print(f"{stage}: {folder} · {here['device']} · {self.precision} · torch {here['torch']} · "
+              f"commit {(here['commit'] or 'none')[:10]}{' + changes' if here['dirty'] else ''}"
+              + (f" · continues at step {self.start}" if self.start else ""))
+
+    def progress(self, loader, total: int, title: str, start: int | None = None):
+        """Iterates over (step, batch), step counted from 1, with a progress bar that estimates the time left."""
+        start = self.start if start is None else start
+        # Without a terminal (a log file), one line per half minute is enough.
+        self.bar = tqdm(loader, title, total, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30,
+                        dynamic_ncols=True, file=sys.stderr)
+        yield from enumerate(self.bar, start + 1)
+
+    def due(self, step: int, every: int, last: int) -> bool:
+        """Whether something that happens `every` steps, and at the end, happens at this step."""
+        return step % every == 0 or step == last
+
+    def log(self, step: int, **scalars) -> None:
+        """Writes scalars to log.jsonl, TensorBoard and the progress bar. Raises UserError for a non-finite one."""
+        values = {name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in scalars.items()}
+        for name, value in values.items():
+            if not np.isfinite(value):
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint in {self.folder} "
+                                "is from before it: lower the learning rate, or use precision=float32")
+            self.events.add_scalar(f"{self.stage}/{name}", value, step)
+        print(json.dumps({"step": step, **values}), file=self._log, flush=True)
+        self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def sheet(self, step: int, name: str, image: Image.Image) -> None:
+        """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""
+        make_folder(self.folder / "sheets")
+        image.save(self.folder / "sheets" / f"{name}-{step:07d}.png")
+        self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
+
+    def save(self, step: int, path: Path | None = None, **state) -> None:
+        """Writes a checkpoint, all or nothing: `state` with the step, the config and the library versions."""
+        state |= {"step": step, "config": self.config, "versions": {"torch": str(torch.__version__)}}
+        atomic_write(path or self.checkpoint, lambda file: torch.save(state, file))
+
+    def close(self) -> None:
+        """Flushes the log and the events."""
+        self._log.close()
+        self.events.close()
+
+
+# --------------------------------------------------------------------------------------------------------- sheets
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """x: (3, H, W) float in [-1, 1] -> (H, W, 3) uint8, rounded."""
+    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def heat(x: torch.Tensor) -> np.ndarray:
+    """x: (H, W) float, 0 is black and 1 white by way of red and yellow -> (H, W, 3) uint8."""
+    x = x.float().clamp(0, 1).cpu().numpy()[..., None]
+    return (np.clip(np.concatenate([3 * x, 3 * x - 1, 3 * x - 2], -1), 0, 1) * 255).astype(np.uint8)
+
+
+def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
+    """Rows of (h, w, 3) uint8 pictures of any sizes under column captions, each picture fitted to one cell size."""
+    height, width = max(p.shape[0] for row in rows for p in row), max(p.shape[1] for row in rows for p in row)
+    width, height = max(width, 120), round(height * max(width, 120) / width)
+    sheet = Image.new("RGB", ((width + 4) * len(columns), (height + 4) * len(rows) + 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, caption in enumerate(columns):
+        draw.text((c * (width + 4) + 2, 2), caption, "black")
+        for r, row in enumerate(rows):
+            picture = Image.fromarray(row[c])
+            if picture.size != (width, height):
+                picture = picture.resize((width, height), Image.NEAREST)
+            sheet.paste(picture, (c * (width + 4), r * (height + 4) + 16))
+    return sheet

@@ -1,0 +1,203 @@
+"""Stage 1, TGCF-DA: trains f_seg on the source, then the generator G and the discriminator D.
+
+Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/gan/fseg/ (f_seg) and OUTPUT/NAME/gan/ (G, D):
+last.pt, log.jsonl, TensorBoard events and image sheets. A run that was stopped continues from its last checkpoint.
+
+    python train_gan.py cfg.yaml
+    python train_gan.py configs/carla_camvid.yaml gan.lambda_sem=10 name=strict
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
+from evaluate import evaluate_model, iou_from_confusion
+from losses import cross_entropy, lsgan_d, lsgan_g
+from models import FCN8s, Generator, MultiScaleDiscriminator
+from runtime import (
+    Run, UserError, autocast, command_line, load_checkpoint, load_weights, make_sheet, poly_lr, random_generator,
+    run_main, seed_torch, to_uint8,
+)  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------- f_seg
+
+
+def train_fseg(cfg, source: Scenes, held_out: Scenes, restart: bool) -> FCN8s:
+    """Trains (or loads) f_seg, prints its IoU on held-out source images, and returns it frozen, in eval mode."""
+    c, classes = cfg.fseg, source.classes
+    run = Run(cfg, "fseg", Path(cfg.output, cfg.name, "gan", "fseg"), ("", "source", "fseg"), restart)
+    seed_torch(cfg.seed, "fseg", "init")
+    f_seg = FCN8s(len(classes), c.width, c.batch_norm, c.dropout, c.pretrained if not run.state else "none")
+    f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(f_seg.parameters(), c.lr)
+    if run.state:
+        load_weights(f_seg, run.state["f_seg"], run.checkpoint)
+        optimiser.load_state_dict(run.state["optimiser"])
+    elif c.checkpoint:
+        given = load_checkpoint(c.checkpoint, "fseg.checkpoint is the last.pt of a gan/fseg folder; null trains one")
+        if given.get("classes") != list(classes):
+            raise UserError(f"{c.checkpoint}: f_seg of classes {given.get('classes')}, not the config's {list(classes)}")
+        load_weights(f_seg, given["f_seg"], c.checkpoint)
+    steps = 0 if c.checkpoint else c.steps
+
+    def save(step):
+        run.save(step, f_seg=f_seg.state_dict(), optimiser=optimiser.state_dict(), classes=list(classes))
+
+    # Photometric jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
+    # every image that does not look like the source, and G could not leave the source's look.
+    batches = Batches(cfg, "fseg", c.batch, c.crop, source=source, jitter=c.jitter)
+    f_seg.train()
+    for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg"):
+        seed_torch(cfg.seed, "fseg", step)  # dropout
+        poly_lr(optimiser, c.lr, step, steps)
+        with autocast(run.device, run.precision):
+            logits = f_seg(to_float(batch["x_s"], run.device))
+        loss = cross_entropy(logits, batch["y_s"].to(run.device).long())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if run.due(step, cfg.log_every, steps):
+            run.log(step, L_fseg=loss)
+        if run.due(step, cfg.save_every, steps):
+            save(step)
+    if run.start == 0 and steps == 0:
+        save(0)
+
+    f_seg.eval().requires_grad_(False)
+
+    def predict(x):
+        with autocast(run.device, run.precision):
+            return f_seg(x)
+
+    def predict_jittered(x):
+        rng = random_generator(cfg.seed, "fseg", "held-out jitter")
+        return predict(torch.stack([photometric_jitter((i + 1) / 2, 1.0, rng) * 2 - 1 for i in x.cpu()]).to(x))
+
+    ious = {name: iou_from_confusion(evaluate_model(p, held_out, cfg.eval.batch, run.device, "f_seg, held-out source"))
+            for name, p in (("as it is", predict), ("jittered", predict_jittered))}
+    print(f"f_seg on {len(held_out)} held-out source images, mIoU: "
+          + ", ".join(f"{100 * np.nanmean(iou):.1f} {name}" for name, iou in ious.items()))
+    print("  per class as it is: " + ", ".join(f"{n} {100 * v:.0f}" for n, v in zip(classes, ious["as it is"], strict=True)))
+    run.close()
+    return f_seg
+
+
+# ------------------------------------------------------------------------------------------------- how style follows
+
+
+def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) -> float:
+    """How well a generated image follows its guide's style, -1 to 1; 1 follows, 0 does not depend on it.
+
+    generate(x_s, x_t): the generator; contents: (M, 3, H, W); guides: (K, 3, H, W), K > 2. Style is six numbers: mean
+    and deviation of each colour channel over the image. For every content and number, the Pearson correlation over
+    the K guides between the guide's and the generated image's is taken, then the mean over contents and numbers. A
+    number that does not vary over the guides counts as correlation 0.
+    """
+    def style(x):  # (K, 3, H, W) -> (K, 6), centred over the guides
+        s = torch.cat([x.float().mean((2, 3)), x.float().std((2, 3))], 1)
+        return s - s.mean(0)
+
+    a, total = style(guides), 0.0
+    for content in contents:
+        b = style(torch.cat([generate(content[None], guide[None]) for guide in guides]))
+        total += ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean()
+    return float(total / len(contents))
+
+
+# ---------------------------------------------------------------------------------------------------------- G and D
+
+
+def main() -> None:
+    def arguments(parser):
+        parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
+
+    cfg, args = command_line(__doc__, ("", "source", "target", "fseg", "gan"), arguments)
+    source, held_out = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "source", "val", labels=True)
+    target = Scenes(cfg, "target", "train", labels=False)
+    classes, c = source.classes, cfg.gan
+
+    run = Run(cfg, "gan", Path(cfg.output, cfg.name, "gan"), ("", "source", "target", "fseg", "gan"), args.restart)
+    if run.start >= c.steps and run.state:
+        print(f"gan: finished at step {run.start}; nothing to do")
+        return
+    f_seg = train_fseg(cfg, source, held_out, False)
+    seed_torch(cfg.seed, "gan", "init")
+    G = Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
+    D = MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
+    G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
+    opt_g = torch.optim.Adam(G.parameters(), c.lr_g, (0.5, 0.999), weight_decay=c.weight_decay)
+    opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay)
+    if run.state:
+        for name, part in (("G", G), ("D", D)):
+            load_weights(part, run.state[name], run.checkpoint)
+        opt_g.load_state_dict(run.state["opt_g"])
+        opt_d.load_state_dict(run.state["opt_d"])
+    print(f"gan: {len(source)} source and {len(target)} target images, {c.steps} steps of {c.batch}, parameters: "
+          + ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in (("G", G), ("D", D), ("f_seg", f_seg))))
+
+    def save(step):
+        run.save(step, G=G.state_dict(), D=D.state_dict(), opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict(),
+                 classes=list(classes))
+
+    def spread(scenes, count):  # fixed examples, evenly over the data set
+        return to_float(torch.stack([scenes.image(i) for i in np.linspace(0, len(scenes) - 1, count).astype(int)]), run.device)
+
+    contents, guides = spread(source, 6), spread(target, 8)
+
+    @torch.inference_mode()
+    def generate(x_s, x_t):
+        with autocast(run.device, run.precision):
+            return G(x_s, x_t)
+
+    @torch.inference_mode()
+    def write_sheet(step):
+        rows = []
+        for x_s, x_t in zip(contents, guides):  # noqa: B905  two guides are left over
+            x_g = generate(x_s[None], x_t[None])
+            with autocast(run.device, run.precision):
+                reading = f_seg(x_g)[0].argmax(0).cpu()
+            rows.append([to_uint8(x_s), to_uint8(x_g[0]), to_uint8(x_t), colourise(reading, classes)])
+        run.sheet(step, "generated", make_sheet(["source", "generated", "style guide", "f_seg of generated"], rows))
+
+    batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target)
+    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan"):
+        x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
+        y_s = batch["y_s"].to(run.device).long()
+        with autocast(run.device, run.precision):
+            x_g = G(x_s, x_t)
+
+        # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
+        D.requires_grad_(True)
+        with autocast(run.device, run.precision):
+            L_D = lsgan_d(D(x_t), D(x_g.detach()))
+        opt_d.zero_grad()
+        L_D.backward()
+        opt_d.step()
+
+        # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
+        D.requires_grad_(False)
+        with autocast(run.device, run.precision):
+            scores, logits = D(x_g), f_seg(x_g)
+        L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
+        opt_g.zero_grad()
+        (L_GAN + c.lambda_sem * L_sem).backward()
+        opt_g.step()
+
+        terms = {}
+        if run.due(step, cfg.sheet_every, c.steps):
+            terms["style_corr"] = style_correlation(generate, contents[:4], guides)
+            write_sheet(step)
+        if terms or run.due(step, cfg.log_every, c.steps):
+            run.log(step, L_D=L_D, L_GAN=L_GAN, L_sem=L_sem, **terms)
+        if run.due(step, cfg.save_every, c.steps):
+            save(step)
+    if c.steps == 0:
+        save(0)
+    run.close()
+    print(f"gan: finished; next: python augment.py {' '.join(args.items)}".rstrip())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""Stage 3, self-ensembling: a student and its mean teacher learn from source, augmented and target images.
+
+Reads the labelled source, the unlabelled target, OUTPUT/NAME/augmented/ (variants tgcf_da and tgcf_da_se) and the
+target's training labels (variant target_only, the upper bound, alone). Writes OUTPUT/NAME/selfens/VARIANT/: last.pt,
+log.jsonl, TensorBoard events and image sheets. A run that was stopped continues from its last checkpoint.
+
+    python train_selfens.py
+    python train_selfens.py cfg.yaml selfens.variant=source_only seed=1
+
+The variants differ in the terms of one objective, L = L_sup + delta_con * L_con:
+    source_only        L_sup = CE(f_S(x_s), y_s)
+    self_ensembling    L_sup = CE(f_S(x_s), y_s),                      with L_con
+    tgcf_da            L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
+    tgcf_da_se         L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s),  with L_con
+    target_only        L_sup = CE(f_S(x_t), y_t)
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from augment import open_augmented
+from datasets import Batches, Scenes, colourise, to_float
+from evaluate import build_segmenter
+from losses import consistency, cross_entropy, sigmoid_ramp_up
+from runtime import Run, autocast, command_line, heat, load_weights, make_sheet, poly_lr, run_main, seed_torch, to_uint8
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, ema_decay: float) -> None:
+    """t_i = alpha * t_(i-1) + (1 - alpha) * s_i over weights and batch-norm statistics; counters are copied.
+
+    Without the statistics the teacher would normalise by those of a network that it no longer is.
+    """
+    ours, theirs = teacher.state_dict(), student.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, t in ours.items():
+        if t.is_floating_point():
+            t.lerp_(theirs[name], 1 - ema_decay)
+        else:
+            t.copy_(theirs[name])
+
+
+def teacher_mode(teacher: nn.Module) -> None:
+    """Dropout on, because it is one of the perturbations; batch norm by the averaged statistics, not the batch's."""
+    teacher.eval()
+    for m in teacher.modules():
+        if isinstance(m, nn.Dropout):
+            m.train()
+
+
+def main() -> None:
+    def arguments(parser):
+        parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
+
+    cfg, args = command_line(__doc__, ("", "source", "target", "augment", "selfens"), arguments)
+    c = cfg.selfens
+    variant = c.variant
+    use_augmented, use_consistency = variant in ("tgcf_da", "tgcf_da_se"), variant in ("self_ensembling", "tgcf_da_se")
+
+    # Target labels are read by target_only and by nobody else.
+    labelled = Scenes(cfg, "target" if variant == "target_only" else "source", "train", labels=True)
+    augmented = open_augmented(cfg, labelled) if use_augmented else None
+    target = Scenes(cfg, "target", "train", labels=False) if use_consistency else None
+    val = Scenes(cfg, "target", "val", labels=True)  # for the sheets
+    classes = labelled.classes
+
+    run = Run(cfg, "selfens", Path(cfg.output, cfg.name, "selfens", variant),
+              ("", "source", "target", "augment", "selfens"), args.restart)
+    if run.state and run.start >= c.steps:
+        print(f"selfens: {variant} finished at step {run.start}; nothing to do")
+        return
+    seed_torch(cfg.seed, "selfens", "init")
+    student = build_segmenter(cfg, len(classes), "none" if run.state else c.pretrained)
+    student = student.to(run.device, memory_format=torch.channels_last)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimiser = torch.optim.Adam(student.parameters(), c.lr, weight_decay=c.weight_decay)
+    if run.state:
+        load_weights(student, run.state["student"], run.checkpoint)
+        load_weights(teacher, run.state["teacher"], run.checkpoint)
+        optimiser.load_state_dict(run.state["optimiser"])
+    print(f"selfens: {variant}: {len(labelled)} labelled"
+          + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
+          + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
+
+    def save(step):
+        run.save(step, student=student.state_dict(), teacher=teacher.state_dict(), optimiser=optimiser.state_dict(),
+                 classes=list(classes), variant=variant)
+
+    shown = np.linspace(0, len(val) - 1, 4).astype(int)
+
+    @torch.inference_mode()
+    def write_sheet(step):
+        x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
+        student.eval()
+        teacher.eval()
+        with autocast(run.device, run.precision):
+            z_s = student(x_t + c.noise_std * torch.randn_like(x_t))
+            z_t = teacher(x_t + c.noise_std * torch.randn_like(x_t))
+        student.train()
+        teacher_mode(teacher)
+        size = x_t.shape[-2:]
+        # Half the squared distance of two softmaxes lies in [0, 1]; the root makes small ones visible.
+        gap = ((z_s.float().softmax(1) - z_t.float().softmax(1)).square().sum(1, keepdim=True) / 2).sqrt()
+        gap = student.upsample(gap, size)[:, 0]
+        readings = [student.upsample(z, size).argmax(1).cpu() for z in (z_s, z_t)]
+        rows = [[to_uint8(x_t[k]), colourise(readings[0][k], classes), colourise(readings[1][k], classes), heat(gap[k]),
+                 colourise(val.label(i), classes)] for k, i in enumerate(shown)]
+        run.sheet(step, "consistency", make_sheet(["target (val)", "student", "teacher", "inconsistency", "label"], rows))
+
+    batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
+    student.train()
+    teacher_mode(teacher)
+    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant):
+        seed_torch(cfg.seed, "selfens", step)  # noise and dropout
+        poly_lr(optimiser, c.lr, step, c.steps)
+        y_s = batch["y_s"].to(run.device).long()
+        inputs = [to_float(batch["x_s"], run.device)]
+        if use_augmented:
+            inputs.append(to_float(batch["x_g"], run.device))
+        if use_consistency:
+            x_t = to_float(batch["x_t"], run.device)
+            inputs.append(x_t + c.noise_std * torch.randn_like(x_t))
+        # One pass over all domains: batch norm then sees in training the mixture that its running statistics, which
+        # the teacher and the evaluation use, describe.
+        with autocast(run.device, run.precision):
+            logits = list(student(torch.cat(inputs)).split(c.batch))
+
+        # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
+        L_sup = cross_entropy(student.upsample(logits[0], y_s.shape[-2:]), y_s)
+        if use_augmented:
+            L_sup = L_sup + cross_entropy(student.upsample(logits[1], y_s.shape[-2:]), y_s)
+        L, terms = L_sup, {"L_sup": L_sup}
+
+        # L = L_sup + delta_con * L_con;  L_con = mean (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
+        if use_consistency:
+            with torch.no_grad(), autocast(run.device, run.precision):
+                teacher_logits = teacher(x_t + c.noise_std * torch.randn_like(x_t))
+            L_con = consistency(logits[-1], teacher_logits)
+            delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
+            L = L_sup + delta_con * L_con
+            terms |= {"L_con": L_con, "delta_con": delta_con}
+
+        optimiser.zero_grad()
+        L.backward()
+        optimiser.step()
+        # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
+        update_teacher(teacher, student, min(c.ema_decay, 1 - 1 / step))
+
+        if run.due(step, cfg.sheet_every, c.steps):
+            write_sheet(step)
+        if run.due(step, cfg.log_every, c.steps):
+            run.log(step, L=L, **terms, lr=optimiser.param_groups[0]["lr"])
+        if run.due(step, cfg.save_every, c.steps):
+            save(step)
+    if c.steps == 0:
+        save(0)
+    run.close()
+    print(f"selfens: {variant} finished; next: python evaluate.py {' '.join(args.items)} --split val")
+
+
+if __name__ == "__main__":
+    run_main(main)
