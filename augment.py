@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from datasets import Augmented, Scenes, to_float
-from models import Generator
+from models import build_generator
 from runtime import (
-    Run, UserError, atomic_write, autocast, command_line, load_checkpoint, load_weights, make_folder, make_sheet,
-    random_generator, run_main, to_uint8, weights_digest, write_json,
+    Run, UserError, atomic_write, autocast, command_line, get_device, get_precision, load_checkpoint, load_weights,
+    make_folder, make_sheet, random_generator, refuse_changes, run_main, set_aside, stage_config,
+    to_uint8, weights_digest, write_json,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
@@ -38,6 +39,7 @@ def open_augmented(cfg, source: Scenes) -> Augmented:
         identity = json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder}: no augmented images; run python augment.py with this config first") from None
+    refuse_changes(identity["config"], stage_config(cfg, SECTIONS) | {"precision": identity["config"]["precision"]}, folder)
     files = planned_files(folder, source, cfg.augment.styles_per_image)
     done = read_manifest(folder, identity["generator"])
     missing = [file for file in files if file.relative_to(folder).as_posix() not in done or not file.is_file()]
@@ -72,49 +74,51 @@ def main() -> None:
     if state["step"] < state["config"]["gan.steps"]:
         raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {state['config']['gan.steps']}; "
                         "run train_gan.py again, it continues")
-    g = cfg.gan
-    G = Generator(g.width, g.style_dim, g.mlp_dim, g.downsamples, g.res_blocks)
+    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
+    G = build_generator(cfg)
     load_weights(G, state["G"], checkpoint)
     generator = weights_digest(state["G"])
 
-    run = Run(cfg, "augment", Path(cfg.output, cfg.name, "augmented"), SECTIONS, args.restart)
-    G = G.to(run.device, memory_format=torch.channels_last).eval()
-
     # Images of another generator or config must not mix with this one's.
-    identity = {"generator": generator, "config": run.config}
-    identity_file = run.folder / "identity.json"
+    folder = Path(cfg.output, cfg.name, "augmented")
+    if args.restart:
+        set_aside(folder)
+    precision = get_precision(cfg, get_device(cfg))
+    identity = {"generator": generator, "config": stage_config(cfg, SECTIONS) | {"precision": precision}}
+    identity_file = folder / "identity.json"
     if identity_file.exists():
         then = json.loads(identity_file.read_text())
-        changed = [k for k in sorted(identity["config"]) if then["config"].get(k) != identity["config"][k]]
-        changed += ["the generator"] if then["generator"] != generator else []
-        if changed:
-            raise UserError(f"{run.folder}: holds images made with other settings ({', '.join(changed)}); use --restart, "
-                            "or choose another 'name'")
-    files = planned_files(run.folder, source, cfg.augment.styles_per_image)
-    foreign = {*run.folder.glob("style*/**/*.png")} - {*files}
+        refuse_changes(then["config"] | {"generator": then["generator"]}, identity["config"] | {"generator": generator}, folder)
+    files = planned_files(folder, source, cfg.augment.styles_per_image)
+    foreign = {*folder.glob("style*/**/*.png")} - {*files}
     if foreign:
         raise UserError(f"{min(foreign)}: does not belong to this run ({len(foreign)} such images); use --restart")
-    write_json(identity_file, identity)
 
     # Whole batches are made again where one image of them is missing, so that each batch, and with it every bit, is
     # the same whether the run was interrupted or not.
-    done = read_manifest(run.folder, generator)
+    done = read_manifest(folder, generator)
     size, n = cfg.augment.batch, len(source)
-    starts = [s for s in range(0, len(files), size)
-              if any(f.relative_to(run.folder).as_posix() not in done or not f.is_file() for f in files[s : s + size])]
-    if not starts:
+    todo = [b for b in range(-(-len(files) // size))
+            if any(f.relative_to(folder).as_posix() not in done or not f.is_file() for f in files[b * size : (b + 1) * size])]
+    if not todo:
         print(f"augment: {len(files)} images are there, made by generator {generator}; nothing to do")
         return
-    print(f"augment: {len(files)} images of generator {generator}, {len(starts)} of {-(-len(files) // size)} batches to make")
+    run = Run(cfg, "augment", folder, SECTIONS, redo={b + 1 for b in todo})
+    write_json(identity_file, identity)
+    # A line that was torn when the disk filled up or the power went must not swallow the next one.
+    lines = "".join(json.dumps(line) + "\n" for line in done.values())
+    atomic_write(folder / "manifest.jsonl", lambda file: file.write(lines.encode()))
+    G = G.to(run.device, memory_format=torch.channels_last).eval()
+    print(f"augment: {len(files)} images of generator {generator}, {len(todo)} batches of {size} to make")
 
     def write(file, image):
         make_folder(file.parent)
         atomic_write(file, lambda out: Image.fromarray(image).save(out, "PNG"))
 
     sheet = []
-    with open(run.folder / "manifest.jsonl", "a", encoding="utf-8") as manifest, ThreadPoolExecutor() as pool:
-        for step, start in run.progress(starts, len(starts), "augment", start=0):
-            indices = range(start, min(start + size, len(files)))
+    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest, ThreadPoolExecutor() as pool:
+        for _, b in run.progress(todo, len(todo), "augment", start=0):
+            indices = range(b * size, min((b + 1) * size, len(files)))
             guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in indices]
             x_s = to_float(torch.stack([source.image(i % n) for i in indices]), run.device)
             x_t = to_float(torch.stack([target.image(j) for j in guides]), run.device)
@@ -122,7 +126,7 @@ def main() -> None:
                 x_g = [to_uint8(x) for x in G(x_s, x_t)]
             list(pool.map(write, [files[i] for i in indices], x_g))  # PNG compression leaves the interpreter lock
             for i, j in zip(indices, guides, strict=True):
-                name = files[i].relative_to(run.folder).as_posix()
+                name = files[i].relative_to(folder).as_posix()
                 if name not in done:
                     print(json.dumps({
                         "file": name, "source": source.samples[i % n].image, "label": source.samples[i % n].label,
@@ -130,11 +134,10 @@ def main() -> None:
                     }), file=manifest, flush=True)  # fmt: skip
             if len(sheet) < 6:
                 sheet.append([to_uint8(x_s[0]), x_g[0], to_uint8(x_t[0])])
-            if run.due(step, cfg.log_every, len(starts)):
-                run.log(step, images=min(start + size, len(files)), mean=np.mean(x_g) / 127.5 - 1)
-    run.sheet(len(starts), "augmented", make_sheet(["source", "augmented", "style guide"], sheet))
+            run.log(b + 1, images=len(indices), mean=np.mean(x_g) / 127.5 - 1)
+    run.sheet(todo[-1] + 1, "augmented", make_sheet(["source", "augmented", "style guide"], sheet))
     run.close()
-    print(f"augment: {run.folder} is complete; next: python train_selfens.py {' '.join(args.items)}".rstrip())
+    print(f"augment: {folder} is complete; next: python train_selfens.py {' '.join(args.items)}".rstrip())
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> 
     x = TF.adjust_gamma(x.clamp(0, 1), factor(0.7))
     x = TF.adjust_contrast(x, factor(0.7))
     x = TF.adjust_brightness(x, factor(0.5))
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 * min(strength, 1):
         x = TF.gaussian_blur(x, 5, float(rng.uniform(0.1, 1.2)))
     for cells in (2, 8, 3 * x.shape[-2] // 8, x.shape[-2]):  # broad shade, blotches, texture, grain
         amplitude = rng.uniform(0, 0.12) * strength

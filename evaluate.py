@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from datasets import Scenes, class_list, colourise, to_float
 from losses import IGNORE
-from models import DeepLabVGG16
+from models import build_segmenter
 from runtime import (
     UserError, VARIANTS, autocast, command_line, environment, get_device, get_precision, load_checkpoint, load_weights,
-    make_folder, make_sheet, run_main, to_uint8, write_json,
+    make_folder, make_sheet, refuse_changes, run_main, stage_config, to_uint8, write_json,
 )  # fmt: skip
 
 
@@ -60,12 +60,6 @@ def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str) -> t
                 z = F.interpolate(z[None], label.shape, mode="bilinear", align_corners=False)[0]
             confusion += confusion_matrix(label, z.argmax(0), classes)
     return confusion.cpu()
-
-
-def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
-    """The segmentation network of stage 3, as `selfens.*` describes it."""
-    c = cfg.selfens
-    return DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, pretrained)
 
 
 def print_table(result: dict) -> None:
@@ -125,6 +119,7 @@ def main() -> None:
     state = load_checkpoint(path, f"train it first: python train_selfens.py CFG selfens.variant={variant}")
     if state.get("classes") != list(classes):
         raise UserError(f"{path}: trained on other classes ({state.get('classes')}) than the config's ({list(classes)})")
+    refuse_changes(state["config"], stage_config(cfg, ("selfens",)), path)
     model = build_segmenter(cfg, len(classes)).to(device, memory_format=torch.channels_last).eval()
     load_weights(model, state[args.model], path)
 

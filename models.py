@@ -84,7 +84,7 @@ class Generator(nn.Module):
 
         # The style keeps its means and variances, so E_t has no normalisation.
         s, style = width, [conv(3, width, 7), nn.ReLU()]
-        for i in range(4):
+        for _ in range(4):
             s_out = min(2 * s, 4 * width)
             style += [conv(s, s_out, 4, 2, 1), nn.ReLU()]
             s = s_out
@@ -108,7 +108,7 @@ class Generator(nn.Module):
         return content
 
     def encode_style(self, x_t: Tensor) -> Tensor:
-        """x_t: (N, 3, H, W), at least 17 pixels high and wide after padding to 16s -> style (N, style_dim)."""
+        """x_t: (N, 3, H, W) -> style (N, style_dim)."""
         return self.encoder_t(pad_to_multiple(x_t, 16))
 
     def decode(self, content: Tensor, style: Tensor, size) -> Tensor:
@@ -121,6 +121,12 @@ class Generator(nn.Module):
     def forward(self, x_s: Tensor, x_t: Tensor) -> Tensor:
         """x_s: (N, 3, H, W) content; x_t: (N, 3, H', W') style -> (N, 3, H, W) in [-1, 1]."""
         return self.decode(self.encode_content(x_s), self.encode_style(x_t), x_s.shape[-2:])
+
+
+def build_generator(cfg) -> Generator:
+    """The generator that the config's `gan.*` keys describe."""
+    c = cfg.gan
+    return Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
 
 
 # --------------------------------------------------------------------------------------------------- discriminator
@@ -229,7 +235,7 @@ class FCN8s(VGGSegmenter):
 
     def __init__(self, classes: int, width=1.0, batch_norm=False, dropout=0.5, pretrained="none"):
         super().__init__(width, batch_norm)
-        c3, c4, c5, hidden = self.trunk_channels[6], self.trunk_channels[9], self.trunk_channels[12], max(1, round(4096 * width))
+        (c3, c4, c5), hidden = (self.trunk_channels[i] for i in (6, 9, 12)), max(1, round(4096 * width))
         self.fc6, self.fc7 = nn.Conv2d(c5, hidden, 7, padding=3), nn.Conv2d(hidden, hidden, 1)
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -304,3 +310,9 @@ class DeepLabVGG16(VGGSegmenter):
         """Logits before up-sampling (N, C, ceil(H/8), ceil(W/8)) -> (N, C, H, W), bilinear, in float32."""
         full = F.interpolate(logits.float(), scale_factor=cls.STRIDE, mode="bilinear", align_corners=False)
         return full[..., : size[0], : size[1]]
+
+
+def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
+    """The segmentation network that the config's `selfens.*` keys describe."""
+    c = cfg.selfens
+    return DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, pretrained)

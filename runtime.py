@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,7 @@ KEYS = {
     "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
     "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
 
-    "fseg.checkpoint": Key(None, "str", "ready f_seg checkpoint (a fseg.pt); null trains one", null=True),
+    "fseg.checkpoint": Key(None, "str", "ready f_seg checkpoint (last.pt of a gan/fseg folder); null trains one", null=True),
     "fseg.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),
     "fseg.width": Key(0.25, "float", "channels of FCN-8s relative to the published ones", 0.01, 4),
     "fseg.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
@@ -141,6 +142,7 @@ KEYS = {
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
 
     "gan.steps": Key(1500, "int", "training steps of G and D", 0),
+    "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0),
     "gan.batch": Key(2, "int", "source and target images per step", 1),
     "gan.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "gan.lambda_sem": Key(5.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
@@ -189,7 +191,9 @@ def describe(flat: dict) -> str:
         if head != section and head:
             lines += ["", f"{head}:"]
         section = head
-        value = json.dumps(flat[key]) if not isinstance(flat[key], str) else flat[key]
+        value = flat[key]
+        if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z./_][\w./_-]*", value) or yaml.safe_load(value) != value:
+            value = json.dumps(value)  # quoted where YAML would read it as something else
         lines.append(f"{'  ' if head else ''}{leaf}: {value}".ljust(32) + f"  # {spec.help} ({spec.range()})")
     return "\n".join(lines) + "\n"
 
@@ -390,7 +394,8 @@ def atomic_write(path: Path, write) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, obj) -> None:
@@ -415,9 +420,12 @@ def load_checkpoint(path, mend: str) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
+    if not isinstance(state, dict) or not {"step", "config"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of this project; {mend}")
+    return state
 
 
 def load_weights(module: torch.nn.Module, state: dict, where) -> None:
@@ -458,36 +466,50 @@ def environment(cfg, device, precision) -> dict:
     }
 
 
+def set_aside(folder: Path) -> None:
+    """Renames a folder, if it exists, so that its stage can begin anew and nothing is lost."""
+    if folder.exists():
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"--restart: the old {folder} is now {aside}")
+
+
+def stage_config(cfg, sections: tuple) -> dict:
+    """{key: value} of the keys that can change what a stage with these config sections computes."""
+    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
+
+
+def refuse_changes(then: dict, now: dict, where) -> None:
+    """Raises UserError with the keys of `now` whose values differ from `then`, the config that `where` was made with."""
+    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
+    if changed:
+        raise UserError(f"{where}: made with another config: {', '.join(changed)}; put the values back, choose another "
+                        "'name', or use --restart where it was made")
+
+
 class Run:
     """One stage's folder: effective config, environment, JSON Lines log, TensorBoard events, sheets, checkpoint.
 
     cfg: the config; stage: name for seeds and messages; folder: OUTPUT/NAME/...; sections: config sections on which
     this stage's result depends ("" is the top level). A folder that holds another config's run is refused.
+    redo: steps that will be computed again, whose lines leave the log; by default those after the checkpoint.
     """
 
-    def __init__(self, cfg, stage: str, folder: Path, sections: tuple, restart: bool = False):
+    def __init__(self, cfg, stage: str, folder: Path, sections: tuple, restart: bool = False, redo: set | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and `--help` should not wait for it
 
         self.cfg, self.stage, self.folder = cfg, stage, folder
         self.device = get_device(cfg)
         self.precision = get_precision(cfg, self.device)
-        self.config = {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
-        self.config["precision"] = self.precision
-        if restart and folder.exists():
-            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            print(f"{stage}: --restart: the old folder is now {aside}")
+        self.config = stage_config(cfg, sections) | {"precision": self.precision}
+        if restart:
+            set_aside(folder)
         make_folder(folder)
         self.checkpoint = folder / "last.pt"
         self.state = load_checkpoint(self.checkpoint, f"remove it or use --restart to train {stage} anew") \
             if self.checkpoint.exists() else None
         if self.state:
-            then = self.state["config"]
-            changed = [f"{k} ({then.get(k)!r} then, {self.config.get(k)!r} now)"
-                       for k in sorted(set(then) | set(self.config)) if then.get(k) != self.config.get(k)]
-            if changed:
-                raise UserError(f"{folder}: holds a run with another config: {', '.join(changed)}; choose another "
-                                "'name', put the value back, or use --restart")
+            refuse_changes(self.state["config"], self.config, self.checkpoint)
         self.start = self.state["step"] if self.state else 0
         atomic_write(folder / "config.yaml", lambda file: file.write(describe(cfg.flat).encode()))
         here = environment(cfg, self.device, self.precision)
@@ -496,7 +518,8 @@ class Run:
         kept = []
         if self._log_path.exists():  # lines after the checkpoint will be computed, and written, again
             lines = self._log_path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.start]
+            steps = {line: json.loads(line)["step"] for line in lines if line.endswith("}")}
+            kept = [line for line, step in steps.items() if (step <= self.start if redo is None else step not in redo)]
         atomic_write(self._log_path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
         self._log = open(self._log_path, "a", encoding="utf-8")
         self.events = SummaryWriter(folder, purge_step=self.start + 1 if self.state else None)
@@ -512,9 +535,13 @@ class Run:
                         dynamic_ncols=True, file=sys.stderr)
         yield from enumerate(self.bar, start + 1)
 
-    def due(self, step: int, every: int, last: int) -> bool:
-        """Whether something that happens `every` steps, and at the end, happens at this step."""
-        return step % every == 0 or step == last
+    def due(self, what: str, step: int, last: int) -> bool:
+        """Whether "log", "sheet" or "save" is due: every `cfg.WHAT_every` steps, and at the last one.
+
+        A log line is due with every checkpoint too, because it is what stops a non-finite loss from being saved.
+        """
+        every = {k: getattr(self.cfg, f"{k}_every") for k in ("log", "sheet", "save")}
+        return step == last or step % every[what] == 0 or (what == "log" and step % every["save"] == 0)
 
     def log(self, step: int, **scalars) -> None:
         """Writes scalars to log.jsonl, TensorBoard and the progress bar. Raises UserError for a non-finite one."""

@@ -200,7 +200,7 @@ class _Street:
             sides, radius, turn = ((3, .5, np.pi / 2), (4, .46, np.pi / 4), (8, .42, np.pi / 8), (16, .42, 0))[rng.integers(4)]
             a = np.linspace(0, 2 * np.pi, sides, endpoint=False) + turn
             colours = [self.colour("sign"), np.array((226, 226, 222)) * (1 if self.sun is None else .84)]
-            for k, colour in zip((1, .62), colours if rng.random() < .7 else colours[::-1]):
+            for k, colour in zip((1, .62), colours if rng.random() < .7 else colours[::-1], strict=True):
                 face = self.front(SIGN, "smooth", colour, z)
                 self.fill([(x + k * radius * np.cos(t), height - .3 + k * radius * np.sin(t), z) for t in a], face)
         else:
@@ -243,7 +243,7 @@ class _Street:
 
         def face(points, part, cull=True):  # points clockwise as seen from outside
             p = [self.uv(*q) for q in points]
-            area = sum(a[0] * b[1] - a[1] * b[0] for a, b in zip(p, p[1:] + p[:1]))
+            area = sum(a[0] * b[1] - a[1] * b[0] for a, b in zip(p, p[1:] + p[:1], strict=True))
             if area > 0 or not cull:
                 self.pen.polygon(p, fill=part)
             return area > 0

@@ -15,7 +15,7 @@ import torch
 from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
 from evaluate import evaluate_model, iou_from_confusion
 from losses import cross_entropy, lsgan_d, lsgan_g
-from models import FCN8s, Generator, MultiScaleDiscriminator
+from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator
 from runtime import (
     Run, UserError, autocast, command_line, load_checkpoint, load_weights, make_sheet, poly_lr, random_generator,
     run_main, seed_torch, to_uint8,
@@ -58,9 +58,9 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes, restart: bool) -> FCN8s:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if run.due(step, cfg.log_every, steps):
+        if run.due("log", step, steps):
             run.log(step, L_fseg=loss)
-        if run.due(step, cfg.save_every, steps):
+        if run.due("save", step, steps):
             save(step)
     if run.start == 0 and steps == 0:
         save(0)
@@ -109,6 +109,22 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
 # ---------------------------------------------------------------------------------------------------------- G and D
 
 
+def check_depth(cfg) -> None:
+    """Raises UserError where G or D has more strided layers than the training images have pixels for."""
+    c, size = cfg.gan, cfg.gan.crop or [min(sides) for sides in zip(cfg.source.size, cfg.target.size, strict=True)]
+    with torch.device("meta"):  # shapes without numbers: costs nothing at any width
+        x, nets = torch.empty(1, 3, *size), {
+            f"gan.downsamples={c.downsamples}": build_generator(cfg),
+            f"gan.d_layers={c.d_layers}, gan.d_scales={c.d_scales}": MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales),
+        }
+        for keys, net in nets.items():
+            try:
+                net(*[x] * (2 if isinstance(net, Generator) else 1))
+            except RuntimeError:
+                raise UserError(f"{keys}: too deep for images of {size[0]}x{size[1]} pixels; lower it, or raise the "
+                                "size or crop") from None
+
+
 def main() -> None:
     def arguments(parser):
         parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
@@ -117,6 +133,7 @@ def main() -> None:
     source, held_out = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "source", "val", labels=True)
     target = Scenes(cfg, "target", "train", labels=False)
     classes, c = source.classes, cfg.gan
+    check_depth(cfg)
 
     run = Run(cfg, "gan", Path(cfg.output, cfg.name, "gan"), ("", "source", "target", "fseg", "gan"), args.restart)
     if run.start >= c.steps and run.state:
@@ -124,8 +141,7 @@ def main() -> None:
         return
     f_seg = train_fseg(cfg, source, held_out, False)
     seed_torch(cfg.seed, "gan", "init")
-    G = Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
-    D = MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
+    G, D = build_generator(cfg), MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
     opt_g = torch.optim.Adam(G.parameters(), c.lr_g, (0.5, 0.999), weight_decay=c.weight_decay)
     opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay)
@@ -165,33 +181,43 @@ def main() -> None:
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan"):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         y_s = batch["y_s"].to(run.device).long()
-        with autocast(run.device, run.precision):
-            x_g = G(x_s, x_t)
+        if step <= c.warmup_steps:
+            # Not in the paper: an auto-encoder first, G(x, x) = x in both domains, so that content, style and decoder
+            # mean something when D and f_seg begin to pull.
+            with autocast(run.device, run.precision):
+                L_rec = (G(x_s, x_s) - x_s).abs().mean() + (G(x_t, x_t) - x_t).abs().mean()
+            opt_g.zero_grad()
+            L_rec.backward()
+            opt_g.step()
+            terms = {"L_rec": L_rec}
+        else:
+            with autocast(run.device, run.precision):
+                x_g = G(x_s, x_t)
 
-        # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
-        D.requires_grad_(True)
-        with autocast(run.device, run.precision):
-            L_D = lsgan_d(D(x_t), D(x_g.detach()))
-        opt_d.zero_grad()
-        L_D.backward()
-        opt_d.step()
+            # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
+            D.requires_grad_(True)
+            with autocast(run.device, run.precision):
+                L_D = lsgan_d(D(x_t), D(x_g.detach()))
+            opt_d.zero_grad()
+            L_D.backward()
+            opt_d.step()
 
-        # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
-        D.requires_grad_(False)
-        with autocast(run.device, run.precision):
-            scores, logits = D(x_g), f_seg(x_g)
-        L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
-        opt_g.zero_grad()
-        (L_GAN + c.lambda_sem * L_sem).backward()
-        opt_g.step()
+            # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
+            D.requires_grad_(False)
+            with autocast(run.device, run.precision):
+                scores, logits = D(x_g), f_seg(x_g)
+            L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
+            opt_g.zero_grad()
+            (L_GAN + c.lambda_sem * L_sem).backward()
+            opt_g.step()
+            terms = {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
 
-        terms = {}
-        if run.due(step, cfg.sheet_every, c.steps):
+        if run.due("sheet", step, c.steps):
             terms["style_corr"] = style_correlation(generate, contents[:4], guides)
             write_sheet(step)
-        if terms or run.due(step, cfg.log_every, c.steps):
-            run.log(step, L_D=L_D, L_GAN=L_GAN, L_sem=L_sem, **terms)
-        if run.due(step, cfg.save_every, c.steps):
+        if "style_corr" in terms or run.due("log", step, c.steps):
+            run.log(step, **terms)
+        if run.due("save", step, c.steps):
             save(step)
     if c.steps == 0:
         save(0)

@@ -24,8 +24,8 @@ from torch import nn
 
 from augment import open_augmented
 from datasets import Batches, Scenes, colourise, to_float
-from evaluate import build_segmenter
 from losses import consistency, cross_entropy, sigmoid_ramp_up
+from models import build_segmenter
 from runtime import Run, autocast, command_line, heat, load_weights, make_sheet, poly_lr, run_main, seed_torch, to_uint8
 
 
@@ -44,12 +44,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, ema_decay: float) -> 
             t.copy_(theirs[name])
 
 
-def teacher_mode(teacher: nn.Module) -> None:
-    """Dropout on, because it is one of the perturbations; batch norm by the averaged statistics, not the batch's."""
-    teacher.eval()
-    for m in teacher.modules():
-        if isinstance(m, nn.Dropout):
-            m.train()
+def track_statistics(model: nn.Module, on: bool) -> None:
+    """Whether a pass in training mode moves batch norm's running statistics; it normalises by the batch's own either way."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.1 if on else 0.0
 
 
 def main() -> None:
@@ -101,7 +100,7 @@ def main() -> None:
             z_s = student(x_t + c.noise_std * torch.randn_like(x_t))
             z_t = teacher(x_t + c.noise_std * torch.randn_like(x_t))
         student.train()
-        teacher_mode(teacher)
+        teacher.train()
         size = x_t.shape[-2:]
         # Half the squared distance of two softmaxes lies in [0, 1]; the root makes small ones visible.
         gap = ((z_s.float().softmax(1) - z_t.float().softmax(1)).square().sum(1, keepdim=True) / 2).sqrt()
@@ -112,8 +111,11 @@ def main() -> None:
         run.sheet(step, "consistency", make_sheet(["target (val)", "student", "teacher", "inconsistency", "label"], rows))
 
     batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
+    # Both in training mode: dropout is one of the perturbations, and a teacher that normalises by running statistics
+    # while the student uses the batch's disagrees with it for no good reason; L_con then flattens the rare classes.
     student.train()
-    teacher_mode(teacher)
+    teacher.train()
+    track_statistics(teacher, False)  # they are averaged from the student's
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
         poly_lr(optimiser, c.lr, step, c.steps)
@@ -124,10 +126,13 @@ def main() -> None:
         if use_consistency:
             x_t = to_float(batch["x_t"], run.device)
             inputs.append(x_t + c.noise_std * torch.randn_like(x_t))
-        # One pass over all domains: batch norm then sees in training the mixture that its running statistics, which
-        # the teacher and the evaluation use, describe.
+        # One pass per domain, so that each is normalised by its own batch statistics. The running ones, which the
+        # teacher and the evaluation use, are those of the last domain: of target images wherever there are any.
         with autocast(run.device, run.precision):
-            logits = list(student(torch.cat(inputs)).split(c.batch))
+            logits = []
+            for x in inputs:
+                track_statistics(student, x is inputs[-1])
+                logits.append(student(x))
 
         # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
         L_sup = cross_entropy(student.upsample(logits[0], y_s.shape[-2:]), y_s)
@@ -150,11 +155,11 @@ def main() -> None:
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
         update_teacher(teacher, student, min(c.ema_decay, 1 - 1 / step))
 
-        if run.due(step, cfg.sheet_every, c.steps):
+        if run.due("sheet", step, c.steps):
             write_sheet(step)
-        if run.due(step, cfg.log_every, c.steps):
+        if run.due("log", step, c.steps):
             run.log(step, L=L, **terms, lr=optimiser.param_groups[0]["lr"])
-        if run.due(step, cfg.save_every, c.steps):
+        if run.due("save", step, c.steps):
             save(step)
     if c.steps == 0:
         save(0)
