@@ -365,6 +365,12 @@ def poly_lr(optimiser, lr: float, step: int, steps: int) -> None:
         group["lr"] = lr * (1 - (step - 1) / steps) ** 0.9
 
 
+def linear_lr(optimiser, lr: float, step: int, steps: int) -> None:
+    """Sets the learning rate of step 1 ... steps: constant for the first half, then linearly to 0 (as pix2pixHD's)."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * min(1, 2 * (1 - (step - 1) / steps))
+
+
 # ------------------------------------------------------------------------------------------------------ run folder
 
 

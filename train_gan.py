@@ -17,7 +17,7 @@ from evaluate import evaluate_model, iou_from_confusion
 from losses import cross_entropy, lsgan_d, lsgan_g
 from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator
 from runtime import (
-    Run, UserError, autocast, command_line, load_checkpoint, load_weights, make_sheet, poly_lr, random_generator,
+    Run, UserError, autocast, command_line, linear_lr, load_checkpoint, load_weights, make_sheet, poly_lr, random_generator,
     run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
@@ -181,6 +181,8 @@ def main() -> None:
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan"):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         y_s = batch["y_s"].to(run.device).long()
+        linear_lr(opt_g, c.lr_g, step, c.steps)
+        linear_lr(opt_d, c.lr_d, step, c.steps)
         if step <= c.warmup_steps:
             # Not in the paper: an auto-encoder first, G(x, x) = x in both domains, so that content, style and decoder
             # mean something when D and f_seg begin to pull.
