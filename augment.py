@@ -39,7 +39,7 @@ def open_augmented(cfg, source: Scenes) -> Augmented:
         identity = json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder}: no augmented images; run python augment.py with this config first") from None
-    refuse_changes(identity["config"], stage_config(cfg, SECTIONS) | {"precision": identity["config"]["precision"]}, folder)
+    refuse_changes(identity["config"], stage_config(cfg, SECTIONS), folder)
     files = planned_files(folder, source, cfg.augment.styles_per_image)
     done = read_manifest(folder, identity["generator"])
     missing = [file for file in files if file.relative_to(folder).as_posix() not in done or not file.is_file()]

@@ -481,8 +481,11 @@ def set_aside(folder: Path) -> None:
 
 
 def stage_config(cfg, sections: tuple) -> dict:
-    """{key: value} of the keys that can change what a stage with these config sections computes."""
-    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
+    """{key: value} of the keys that can change what a stage with these config sections computes.
+
+    All but `precision`, which stands for something only once `auto` is resolved.
+    """
+    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in (*FREE_KEYS, "precision")}
 
 
 def refuse_changes(then: dict, now: dict, where) -> None:

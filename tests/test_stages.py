@@ -27,7 +27,7 @@ from runtime import VARIANTS, UserError, load_checkpoint, run_main, weights_dige
 
 SIZE = [32, 48]
 TINY = {
-    "name": "run", "device": "cpu", "precision": "float32", "log_every": 1, "sheet_every": 4, "save_every": 2,
+    "name": "run", "device": "cpu", "precision": "auto", "log_every": 1, "sheet_every": 4, "save_every": 2,
     "source": {"dataset": "carla", "size": SIZE, "images": 12}, "target": {"dataset": "camvid", "size": SIZE, "images": 10},
     "fseg": {"width": 0.03, "steps": 4, "batch": 2},
     "gan": {"steps": 4, "warmup_steps": 1, "batch": 2, "width": 4, "style_dim": 4, "mlp_dim": 8, "res_blocks": 1, "d_width": 4,
