@@ -51,6 +51,28 @@ def track_statistics(model: nn.Module, on: bool) -> None:
             m.momentum = 0.1 if on else 0.0
 
 
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_context) -> None:
+    """Sets batch norm's running statistics to their mean over these batches of (N, 3, H, W) images, without dropout.
+
+    Averaged weights are a network of their own, whose activations no running average of the student's describes exactly
+    (Izmailov et al. 2018, stochastic weight averaging); and the student's come from images with noise added.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not norms:
+        return
+    model.eval()
+    for m in norms:
+        m.train()
+        m.reset_running_stats()
+        m.momentum = None  # a cumulative mean
+    with autocast_context:
+        for x in batches:
+            model(x)
+    model.train()
+    track_statistics(model, False)
+
+
 def main() -> None:
     def arguments(parser):
         parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
@@ -85,7 +107,12 @@ def main() -> None:
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
 
+    batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
+    last_domain = "x_t" if use_consistency else "x_g" if use_augmented else "x_s"
+    sample = [batches[k][last_domain] for k in range(32)]
+
     def save(step):
+        estimate_statistics(teacher, [to_float(x, run.device) for x in sample], autocast(run.device, run.precision))
         run.save(step, student=student.state_dict(), teacher=teacher.state_dict(), optimiser=optimiser.state_dict(),
                  classes=list(classes), variant=variant)
 
@@ -110,7 +137,6 @@ def main() -> None:
                  colourise(val.label(i), classes)] for k, i in enumerate(shown)]
         run.sheet(step, "consistency", make_sheet(["target (val)", "student", "teacher", "inconsistency", "label"], rows))
 
-    batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
     # Both in training mode: dropout is one of the perturbations, and a teacher that normalises by running statistics
     # while the student uses the batch's disagrees with it for no good reason; L_con then flattens the rare classes.
     student.train()
