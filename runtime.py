@@ -173,7 +173,7 @@ KEYS = {
     "selfens.lr": Key(1e-3, "float", "Adam learning rate, falls to 0 as (1 - step/steps)^0.9", 0),
     "selfens.weight_decay": Key(1e-4, "float", "L2 weight decay", 0),
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
-    "selfens.delta_con": Key(10.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
+    "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
 

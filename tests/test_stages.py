@@ -4,6 +4,7 @@
 of it also shows that they are not read. Every other run is in this process, in a copy or under another name.
 """
 
+import contextlib
 import copy
 import importlib
 import json
@@ -570,3 +571,19 @@ def test_statistics_move_only_where_they_are_tracked():
     assert torch.equal(net(x), quiet)
     assert not torch.equal(norm.running_mean, before)
 
+
+
+def test_estimated_statistics_are_the_mean_over_the_batches():
+    """Averaged weights need statistics of their own: the plain mean over the batches, taken without dropout or noise."""
+    torch.manual_seed(0)
+    net = DeepLabVGG16(3, 0.03, True, dropout=0.9, rates=(1,)).train()
+    first = next(m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    batches = [torch.randn(2, 3, 16, 24) * (k + 1) for k in range(3)]
+    seen = []
+    handle = first.register_forward_pre_hook(lambda _, x: seen.append(x[0].double()))
+    train_selfens.estimate_statistics(net, batches, contextlib.nullcontext())
+    handle.remove()
+    for ours, formula in ((first.running_mean, torch.mean), (first.running_var, torch.var)):
+        mean = torch.stack([formula(x, (0, 2, 3)) for x in seen]).mean(0)
+        torch.testing.assert_close(ours.double(), mean, atol=1e-5, rtol=1e-4)
+    assert net.training and first.momentum == 0.0
