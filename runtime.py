@@ -141,8 +141,8 @@ KEYS = {
     "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
 
-    "gan.steps": Key(1500, "int", "training steps of G and D", 0),
-    "gan.warmup_steps": Key(200, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0),
+    "gan.steps": Key(2200, "int", "training steps of G and D", 0),
+    "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0),
     "gan.batch": Key(4, "int", "source and target images per step", 1),
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),

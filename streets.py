@@ -29,7 +29,7 @@ _CIRCLE = np.stack([f(np.arange(12) * np.pi / 6) for f in (np.cos, np.sin)], 1)
 # Weather of the target: sky at the zenith and at the horizon, cast (RGB gains), sun (0 diffuse .. 1 hard),
 # exposure, contrast, haze per metre, wetness of the road (0..1).
 _WEATHERS = (
-    ((150, 160, 176), (206, 198, 186), (1.08, 1.00, .88), .55, 1.10, 1.02, .003, 0),     # pale low sun
+    ((150, 160, 176), (206, 198, 186), (1.05, 1.00, .92), .35, 1.10, 1.00, .003, 0),     # pale low sun
     ((160, 164, 170), (194, 196, 196), (.98, 1.0, 1.02), .10, 1.08, .94, .003, 0),       # overcast
     ((104, 112, 134), (150, 146, 152), (.88, .96, 1.10), .08, .90, 1.0, .004, .15),      # dusk
     ((178, 182, 184), (184, 186, 186), (1.0, 1.0, 1.02), .05, 1.02, .90, .011, .1),      # fog
