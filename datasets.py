@@ -27,9 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
 from tqdm import tqdm
 
 from losses import IGNORE
@@ -463,6 +462,8 @@ def _open(path: str, load: bool = True, bits: int = 8) -> Image.Image:
             image.load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not a readable image (its content is in no known format); replace the file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image ({' '.join(str(error).split())}); replace the file") from None
     if (16 if depth == 16 else 8) != bits:
@@ -514,14 +515,13 @@ def read_label(path: str, read: str, table: np.ndarray) -> np.ndarray:
     if path.startswith("streets:"):
         raw = _scene(path)[1]
     else:
-        with _open(path, bits=16 if read == "red16" else 8, load=read != "red16") as image:
-            mode = image.mode
+        image = _open(path, bits=16 if read == "red16" else 8)
+        mode = image.mode
         if read == "red16":
-            try:
-                pixels = decode_image(read_file(path), ImageReadMode.UNCHANGED).numpy()
-            except RuntimeError:
-                raise UserError(f"{path}: not a readable 16-bit PNG; replace the file") from None
-            raw = pixels[0] if len(pixels) >= 3 else None
+            import cv2  # half a second that only SYNTHIA's labels need; torchvision's own reader is to be removed
+
+            pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+            raw = pixels[..., 2] if pixels is not None and pixels.ndim == 3 else None  # blue, green, red
         elif read == "rgb":
             channels = np.asarray(image.convert("RGB"), np.int32) if mode in ("RGB", "RGBA", "P", "L") else None
             raw = None if channels is None else channels @ np.array([1 << 16, 1 << 8, 1], np.int32)
@@ -770,7 +770,7 @@ def check_split(cfg, role: str, split: str, labels: bool, full: bool):
     Returns (problems as in `find_samples`, (256,) int64 pixels per train id, the decoded samples without a problem).
     """
     samples, problems = find_samples(cfg, role, split, labels)
-    table, title, dataset = get_table(cfg, role), f"{role} {split}", getattr(cfg, role).dataset
+    part, table, title = getattr(cfg, role), get_table(cfg, role), f"{role} {split}"
     job = table.read, train_id_table(table, class_list(cfg)[0]) if labels else None
     few = samples if full else [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SAMPLE).astype(int))]
     if full:
@@ -782,8 +782,9 @@ def check_split(cfg, role: str, split: str, labels: bool, full: bool):
         decoded = [examine(s, *job, True) for s in tqdm(few, title, mininterval=1, leave=False)]
     problems += [(sample.name, text) for sample, (texts, _) in zip(few, decoded, strict=True) for text in texts]
     problems = list(dict.fromkeys(problems))
-    print(f"{title:<13}{dataset:<11}{len(samples):>6} images, "
+    print(f"{title:<13}{part.dataset:<11}{len(samples):>6} images, "
           + (f"{sum(s.label is not None for s in samples)} with label" if labels else "labels not looked at")
+          + (f", the first {part.images} ({role}.images)" if split == "train" and len(samples) == part.images else "")
           + f", {'all' if full else len(few)} decoded, {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
     bad = {name for name, _ in problems}
     pixels = sum((counts for _, counts in decoded if counts is not None), np.zeros(256, np.int64))
@@ -827,6 +828,11 @@ def main() -> None:
             pixels[role] += counts
             good[role] += samples
 
+    problems = list(dict.fromkeys(problems))  # a label without image belongs to no split, and shows in both
+    for role in ("source", "target"):
+        if excluded := getattr(cfg, role).exclude:
+            print(f"left out by {role}.exclude: {', '.join(excluded)}")
+
     shares = {role: 100 * counts[: len(classes)] / max(1, counts[: len(classes)].sum()) for role, counts in pixels.items()}
     print(f"\n{'share of labelled pixels, %':<30}{'source':>8}{'target':>8}")
     for k, name in enumerate(classes):
@@ -856,7 +862,7 @@ def main() -> None:
     if problems:
         print("\n" + "\n".join(f"{role}: {text}" for role, _, text in problems))
         for role in ("source", "target"):
-            names = list(dict.fromkeys(name for r, name, _ in problems if r == role and name))
+            names = sorted({name for r, name, _ in problems if r == role and name})
             if names:
                 print(f"to leave out what cannot be mended: {role}.exclude: {json.dumps(names)}")
         raise UserError(f"data check: {len(problems)} problem{'s' * (len(problems) != 1)}, each named above")
