@@ -163,10 +163,9 @@ TABLES = {
         group=groups_by_block,
         val_every=50,
     ),
-    # SYNTHIA-RAND-CITYSCAPES. Ids after its README: 0 void, 13 parking slot, 14 road work, 16 terrain, 18 truck,
-    # 20 train and 22 lane marking are in none of the 16 common classes. Public adaptation code agrees on every entry
-    # (the id_to_trainid of AdaptSegNet's and ADVENT's descendants, with 16 and with 19 classes), and ignores 22 where it
-    # names it at all.
+    # SYNTHIA-RAND-CITYSCAPES. 0 void, 13 parking slot, 14 road work, 16 terrain, 18 truck, 20 train and 22 lane marking
+    # are in none of the 16 common classes. The id_to_trainid of public adaptation code (descendants of AdaptSegNet and
+    # ADVENT, with 16 and with 19 classes) agrees on every entry; where it names 22, it ignores it.
     "synthia": Table(
         files={"all": ("RGB/*", "GT/LABELS/*.png")},
         read="red16",
@@ -336,15 +335,22 @@ def _stars(pattern: str) -> list[str]:
     return WILD.findall(pattern)
 
 
-def _find(root: Path, pattern: str, suffixes: tuple) -> dict:
-    """{what the wildcards stand for: path} of the files below root that match, in the order of their paths."""
+def _match(root: Path, path: Path, pattern: str) -> tuple | None:
+    """What the wildcards of `pattern` stand for in a path below root; None where it does not match."""
     # A pattern that ends in * takes any suffix, which is no part of a pair's name.
     words = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)", "?": "([^/])"}
-    regex = re.compile("".join(words.get(w) or re.escape(w) for w in WILD.split(pattern))
-                       + (r"\.[^./]+" if pattern.endswith("*") else ""))
+    regex = "".join(words.get(w) or re.escape(w) for w in WILD.split(pattern)) + (r"\.[^./]+" * pattern.endswith("*"))
+    found = re.fullmatch(regex, path.relative_to(root).as_posix())
+    return found and found.groups()
+
+
+def _find(root: Path, pattern: str, suffixes: tuple, but: str | None = None) -> dict:
+    """{what the wildcards stand for: path} of the files below root that match, and do not match `but`, sorted by path."""
     found = {}
-    for path in sorted(p for p in root.glob(pattern) if p.suffix.lower() in suffixes):
-        key = regex.fullmatch(path.relative_to(root).as_posix()).groups()
+    for path in sorted(p for p in {*root.glob(pattern)} if p.suffix.lower() in suffixes):
+        key = _match(root, path, pattern)
+        if key is None or (but and _match(root, path, but)):
+            continue
         if key in found:
             raise UserError(f"{path}: a second file for the same name as {found[key]}; remove one of them")
         found[key] = path
@@ -387,7 +393,7 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     if labels and label_pattern is None:
         raise UserError(f"{role}.files: {split} has no pattern of labels, and labels are needed here")
 
-    images = _find(root, pattern, SUFFIXES)
+    images = _find(root, pattern, SUFFIXES, label_pattern)  # x.png and its label x_ids.png may lie side by side
     keys = list(images)
     if split not in table.files and keys:
         groups = table.group([path.relative_to(root).as_posix() for path in images.values()])

@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -581,6 +582,31 @@ def test_folder_keys_of_a_published_data_set_are_refused(published):
             class_list(load_config(None, [*pair_items(published, "gta5", "cityscapes"), item]))
     with pytest.raises(UserError, match="class_colours: not used"):
         class_list(load_config(None, [*pair_items(published, "gta5", "cityscapes"), "class_colours={road: [1, 2, 3]}"]))
+
+
+def test_labels_may_lie_beside_their_images(tmp_path):
+    """x.png with x_ids.png is a common layout; a label must not be taken for an image of its own."""
+    for name in ("a", "b/c", "b/d/e"):
+        save_image(tmp_path / f"sim/{name}.png", picture(stripes((1, 2))))
+        save_image(tmp_path / f"sim/{name}_ids.png", stripes((1, 2)))
+    cfg = make_cfg(source__dataset="folder", source__root=str(tmp_path / "sim"), source__read="index", classes="camvid10",
+                   source__files={"train": ["**/*.png", "**/*_ids.png"]}, source__ids={"road": 1, "car": 2},
+                   target__dataset="camvid")  # fmt: skip
+    pairs = [Scenes(cfg, "source", split, labels=True).samples for split in ("train", "val")]
+    assert [s.name for s in pairs[0]] == ["a", "b/c"] and [s.name for s in pairs[1]] == ["b/d/e"]
+    assert pairs[1][0].label.endswith("b/d/e_ids.png")
+
+
+@pytest.mark.parametrize("workers, kept", [(None, 8), (4, 2)])
+def test_reading_processes_share_the_room_of_the_cache(published, monkeypatch, workers, kept):
+    """Sixteen processes with two gigabytes for each of three data sets would fill the memory of most machines."""
+    cfg = load_config(None, [*pair_items(published, "gta5", "cityscapes"), "source.size=[10,10]"])
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 8 * 300)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: workers and SimpleNamespace(num_workers=workers))
+    scenes = Scenes(cfg, "source", "train", labels=False)
+    for i in range(7):
+        scenes.image(i)
+    assert len(scenes._cache) == min(7, kept)
 
 
 def test_two_files_of_one_name_are_an_error(tmp_path):
