@@ -4,6 +4,8 @@ Images are (N, 3, H, W) float in [-1, 1] everywhere; the segmentation networks t
 themselves. Any H and W are accepted: each network pads at the right and bottom to what its strides divide and crops
 its output again, so that pixel (i, j) of the output always belongs to pixel (i, j) of the input. Up-sampling uses the
 half-pixel convention (align_corners=False): cell i of a map with stride s covers pixels s*i to s*i + s - 1.
+
+    python models.py CFG [--peak TFLOPS] [--share PART]     parameters, FLOPs, memory and estimated hours; runs nothing
 """
 
 from pathlib import Path
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from runtime import UserError, load_weights
+from runtime import UserError, command_line, load_weights, run_main
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -316,3 +319,87 @@ def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16
     """The segmentation network that the config's `selfens.*` keys describe."""
     c = cfg.selfens
     return DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, pretrained)
+
+
+# ------------------------------------------------------------------------------------------------------------ cost
+
+
+def step_costs(cfg, classes: int) -> dict:
+    """{stage: (parameters, FLOPs of a step, bytes that its backward pass keeps in float32, steps)}, counted, not run.
+
+    The networks and images are on the meta device, which has shapes and no numbers. A multiply-add is two FLOPs, as in
+    the peaks of data sheets; losses, noise and optimisers are not counted. `augment` is counted per image, `selfens`
+    for its default variant, tgcf_da_se.
+    """
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    def backward(*outputs):
+        sum(o.float().sum() for o in outputs).backward()
+
+    def f_seg_step():
+        backward(f_seg(image(c_f.batch, c_f.crop or cfg.source.size)))
+
+    def gan_step():
+        x = image(c_g.batch, c_g.crop or cfg.source.size)
+        x_g = G(x, x)
+        backward(*D(x), *D(x_g.detach()))
+        frozen(D, f_seg)
+        backward(*D(x_g), f_seg(x_g))
+
+    def selfens_step():
+        x = image(c_s.batch, c_s.crop or cfg.source.size)
+        with torch.no_grad():
+            segmenter(x)
+        backward(*(segmenter(x) for _ in range(3)))
+
+    def frozen(*networks):
+        for net in networks:
+            net.requires_grad_(False)
+
+    def image(n, size):
+        return torch.empty(n, 3, *size)
+
+    c_f, c_g, c_s = cfg.fseg, cfg.gan, cfg.selfens
+    with torch.device("meta"):
+        f_seg, G = FCN8s(classes, c_f.width, c_f.batch_norm, c_f.dropout), build_generator(cfg)
+        D, segmenter = MultiScaleDiscriminator(c_g.d_width, c_g.d_layers, c_g.d_scales), build_segmenter(cfg, classes)
+        stages, costs = {
+            "f_seg": (f_seg_step, c_f.steps, f_seg), "gan": (gan_step, c_g.steps, G, D),
+            "augment": (torch.no_grad()(lambda: G(*[image(1, cfg.source.size)] * 2)), 0, G),
+            "selfens": (selfens_step, c_s.steps, segmenter),
+        }, {}  # fmt: skip
+        for name, (step, steps, *networks) in stages.items():
+            kept.clear()
+            with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                step()
+            costs[name] = (sum(p.numel() for net in networks for p in net.parameters()), flops.get_total_flops(),
+                           sum(x.untyped_storage().nbytes() for x in kept.values()), steps)
+    return costs
+
+
+def main() -> None:
+    from datasets import class_list  # the networks themselves know nothing of data
+
+    def arguments(parser):
+        parser.add_argument("--peak", type=float, default=312, help="TFLOP/s of the device; default 312, an A100 in bfloat16")
+        parser.add_argument("--share", type=float, default=0.2, help="part of the peak that is reached; default 0.2")
+
+    cfg, args = command_line(__doc__, ("fseg", "gan", "selfens"), arguments)
+    list_name, classes = class_list(cfg)
+    print(f"{list_name}, {len(classes)} classes; images {cfg.source.size[1]}x{cfg.source.size[0]}\n"
+          f"{'stage':<10}{'parameters':>14}{'TFLOP/step':>12}{'GiB kept':>10}{'steps':>9}{'hours':>8}")
+    total = 0
+    for name, (parameters, flops, kept, steps) in step_costs(cfg, len(classes)).items():
+        hours = flops * steps / (args.peak * 1e12 * args.share) / 3600
+        total += hours
+        print(f"{name:<10}{parameters:>14,}{flops / 1e12:>12.3f}{kept / 2**30:>10.1f}"
+              + (f"{steps:>9,}{hours:>8.2f}" if name != "augment" else f"{'1 image':>9}{'':>8}"))
+    print(f"{total:.1f} hours in all at {100 * args.share:g} % of {args.peak:g} TFLOP/s: an estimate from FLOPs, not measured")
+
+
+if __name__ == "__main__":
+    run_main(main)

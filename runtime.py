@@ -37,12 +37,19 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------- configuration keys
 
 
+def _plain(value) -> bool:
+    """Whether a value of a mapping is a text, a whole number or a list of such: what JSON and YAML write alike."""
+    if isinstance(value, list):
+        return all(_plain(v) for v in value)
+    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Key:
     """One configuration key: default, kind, range and meaning. `null` says that `null` is a valid value."""
 
     default: object
-    kind: str  # int | float | bool | str | name | choice | size | ints
+    kind: str  # int | float | bool | str | name | choice | size | ints | texts | map
     help: str
     low: float | None = None
     high: float | None = None
@@ -67,6 +74,8 @@ class Key:
                 "name": "letters, digits, '.', '_', '-'",
                 "size": "[height, width]",
                 "ints": f"list of whole numbers, {self.low or 0:g} or more",
+                "texts": "list of texts, numbers in quotes",
+                "map": "mapping of names to whole numbers, texts or lists",
             }[self.kind]
         return words + (" or null" if self.null else "")
 
@@ -94,6 +103,16 @@ class Key:
             if any(isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0) for v in value):
                 raise ValueError
             return list(value)
+        if self.kind == "texts":
+            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
+                raise ValueError
+            return list(value)
+        if self.kind == "map":
+            if not isinstance(value, dict) or not value or not all(isinstance(k, str) and k for k in value):
+                raise ValueError
+            if not all(_plain(v) for v in value.values()):
+                raise ValueError
+            return value
         if not isinstance(value, str) or not value or "\0" in value:
             raise ValueError
         if self.kind == "choice" and value not in self.choices:
@@ -120,15 +139,26 @@ KEYS = {
     "save_every": Key(500, "int", "steps between two checkpoints", 1),
     "flip": Key(True, "bool", "mirror half of the training images left to right, labels with them"),
     "classes": Key("auto", "str", "class list; auto takes the one that source and target share"),
+    "class_colours": Key(None, "map", "a class list of your own, {class: [R, G, B]}, in the order of the train ids", null=True),
 
-    "source.dataset": Key("streets", "str", "labelled data set, a table in datasets.py"),
+    "source.dataset": Key("streets", "str", "labelled data set, a table in datasets.py, or folder"),
     "source.root": Key(None, "str", "its folder; streets needs none", null=True),
     "source.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
     "source.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
-    "target.dataset": Key("streets", "str", "unlabelled data set, a table in datasets.py"),
+    "source.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
+    "source.files": Key(None, "map", "folder: {split: [images, labels]}, patterns below root, labels optional", null=True),
+    "source.read": Key(None, "choice", "folder: what is a label's id: index (one channel), red, red16 (16 bit), rgb (colour)",
+                       choices=("index", "red", "red16", "rgb"), null=True),
+    "source.ids": Key(None, "map", "{class: ids, or [R, G, B]s} onto the class list; class 'ignore': of none", null=True),
+    "target.dataset": Key("streets", "str", "unlabelled data set, a table in datasets.py, or folder"),
     "target.root": Key(None, "str", "its folder; streets needs none", null=True),
     "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
     "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
+    "target.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
+    "target.files": Key(None, "map", "folder: {split: [images, labels]}, patterns below root, labels optional", null=True),
+    "target.read": Key(None, "choice", "folder: what is a label's id: index (one channel), red, red16 (16 bit), rgb (colour)",
+                       choices=("index", "red", "red16", "rgb"), null=True),
+    "target.ids": Key(None, "map", "{class: ids, or [R, G, B]s} onto the class list; class 'ignore': of none", null=True),
 
     "fseg.checkpoint": Key(None, "str", "ready f_seg checkpoint (last.pt of a gan/fseg folder); null trains one", null=True),
     "fseg.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from augment import open_augmented
-from datasets import Batches, Scenes, colourise, to_float
+from datasets import Batches, Scenes, colourise, has_labels, to_float
 from losses import consistency, cross_entropy, sigmoid_ramp_up
 from models import build_segmenter
 from runtime import Run, autocast, command_line, heat, load_weights, make_sheet, poly_lr, run_main, seed_torch, to_uint8
@@ -86,7 +86,7 @@ def main() -> None:
     labelled = Scenes(cfg, "target" if variant == "target_only" else "source", "train", labels=True)
     augmented = open_augmented(cfg, labelled) if use_augmented else None
     target = Scenes(cfg, "target", "train", labels=False) if use_consistency else None
-    val = Scenes(cfg, "target", "val", labels=True)  # for the sheets
+    val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
     classes = labelled.classes
 
     run = Run(cfg, "selfens", Path(cfg.output, cfg.name, "selfens", variant),

@@ -1,17 +1,26 @@
 """Streets, the readers, and the batches: what is read is right, and what is drawn depends on (seed, stage, step) alone."""
 
 import functools
+import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_camvid, make_carla, make_cfg, rgba_label, save_image
+import yaml
+from cityscapesscripts.helpers.labels import labels as CITYSCAPES_LABELS
+from conftest import REPO, make_camvid, make_carla, make_cfg, rgba_label, save_image
 from PIL import Image
+from published import (
+    MAKERS, PAIRS, make_cityscapes, make_gta5, make_idd_lite, make_synthia, pair_items, picture, save_palette, save_png16,
+    stripes, write_png,
+)  # fmt: skip
 
 import datasets
-from datasets import CLASS_LISTS, Augmented, Batches, Scenes, class_list, photometric_jitter, train_id_table
+from datasets import CLASS_LISTS, TABLES, Augmented, Batches, Scenes, class_list, photometric_jitter, train_id_table
 from losses import IGNORE
-from runtime import UserError, random_generator
+from runtime import UserError, load_config, random_generator
 from streets import STREETS_CLASSES, streets_scene
 
 
@@ -261,6 +270,465 @@ def test_unlabelled_target_never_opens_a_label(tmp_path):
     assert set(batch) == {"x_s", "y_s", "x_t"}
     with pytest.raises(UserError, match="trainannot"):
         Scenes(cfg, "target", "train", labels=True)
+
+
+# --------------------------------------------------------------------------------------------- published data sets
+
+
+@pytest.mark.parametrize("name, classes", [("cityscapes19", 19), ("cityscapes16", 16)])
+@pytest.mark.parametrize("dataset", ["cityscapes", "gta5"])
+def test_tables_agree_with_cityscapes_own_label_list(dataset, name, classes):
+    """Train ids, names, colours and ignored ids, entry by entry against cityscapesScripts: numbers must be comparable."""
+    lost = {"terrain", "truck", "train"} if classes == 16 else set()
+    evaluated = [label for label in CITYSCAPES_LABELS if not label.ignoreInEval and label.name not in lost]
+    evaluated.sort(key=lambda label: label.trainId)
+    assert CLASS_LISTS[name] == {label.name: label.color for label in evaluated}
+    assert list(CLASS_LISTS[name]) == [label.name for label in evaluated] and len(evaluated) == classes
+    expected = {label.id: IGNORE for label in CITYSCAPES_LABELS if label.id >= 0}
+    expected |= {label.id: train_id for train_id, label in enumerate(evaluated)}
+    if dataset == "gta5":
+        expected[34] = IGNORE  # the licence plate, which is -1 in cityscapesScripts
+    if classes == 19:
+        assert all(expected[label.id] == label.trainId for label in CITYSCAPES_LABELS if label.id >= 0)
+    assert {raw: int(v) for raw, v in enumerate(train_id_table(dataset, name)) if v >= 0} == expected
+
+
+SYNTHIA = {3: "road", 4: "sidewalk", 2: "building", 21: "wall", 5: "fence", 7: "pole", 15: "traffic light", 9: "traffic sign",
+           6: "vegetation", 1: "sky", 10: "person", 17: "rider", 8: "car", 19: "bus", 12: "motorcycle",
+           11: "bicycle"}  # fmt: skip
+IDD_CAMVID7 = ("drivable", "non-drivable", "living thing", "vehicle", "roadside object", "far object", "sky")
+CAMVID7 = {3: 0, 4: 1, 9: 2, 10: 2, 8: 3, 2: 4, 6: 4, 7: 4, 1: 5, 5: 5, 0: 6, 11: IGNORE}
+
+
+def test_synthia_and_seven_class_tables_as_documented():
+    """Written out a second time, from the documents: one wrong entry trains a class on another's pixels."""
+    names = list(CLASS_LISTS["cityscapes16"])
+    expected = {raw: IGNORE for raw in range(23)} | {raw: names.index(name) for raw, name in SYNTHIA.items()}
+    table = train_id_table("synthia", "cityscapes16")
+    assert len(table) == 1 << 16
+    assert {raw: int(v) for raw, v in enumerate(table) if v >= 0} == expected
+    assert tuple(CLASS_LISTS["idd_camvid7"]) == IDD_CAMVID7
+    for dataset, expected in (("idd_lite", {i: i for i in range(7)} | {255: IGNORE}), ("camvid", CAMVID7)):
+        assert {raw: int(v) for raw, v in enumerate(train_id_table(dataset, "idd_camvid7")) if v >= 0} == expected
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """One tiny folder of each published data set, that no test changes."""
+    root = tmp_path_factory.mktemp("published")
+    for name, make in MAKERS.items():
+        make(root / name)
+    return root
+
+
+@pytest.mark.parametrize("source, target", PAIRS)
+def test_four_overrides_are_enough_for_any_published_pair(published, source, target):
+    """Own data in four words: the class list follows, and every split that the stages read is there."""
+    cfg = load_config(str(REPO / "cfg.yaml"), pair_items(published, source, target))
+    assert class_list(cfg)[0] == PAIRS[source, target]
+    splits = {(role, split): Scenes(cfg, role, split, labels=(role, split) != ("target", "train"))
+              for role in ("source", "target") for split in ("train", "val")}
+    assert all(len(scenes) for scenes in splits.values())
+    names = [{s.name for s in splits["source", split].samples} for split in ("train", "val")]
+    assert not names[0] & names[1]
+    count = len(CLASS_LISTS[PAIRS[source, target]])
+    for role in ("source", "target"):
+        seen = splits[role, "val"].label(0).unique()
+        assert len(seen) > 3 and ((seen < count) | (seen == IGNORE)).all()
+    batch = Batches(cfg, "test", 2, None, source=splits["source", "train"], target=splits["target", "train"])[0]
+    assert batch["x_s"].shape == batch["x_t"].shape == (2, 3, 96, 160)
+
+
+def test_all_stages_run_on_a_tiny_gta5_and_cityscapes(published, tmp_path, stage, capsys):
+    """The promise as users try it: cfg.yaml, no gtFine for the train split, every stage to its end."""
+    assert not (published / "cityscapes/gtFine/train").exists()
+    small = [*pair_items(published, "gta5", "cityscapes"), f"output={tmp_path}", "precision=float32", "fseg.width=0.03",
+             "fseg.steps=1", "gan.steps=1", "gan.width=4", "gan.d_width=4", "selfens.width=0.03", "selfens.steps=1",
+             "source.size=[32,48]", "target.size=[32,48]", "gan.d_layers=2"]  # fmt: skip
+    for name in ("datasets", "train_gan", "augment", "train_selfens", "evaluate"):
+        stage(name, REPO / "cfg.yaml", *small)
+    assert "19 classes" in capsys.readouterr().out
+
+
+def test_gta5_labels_are_palette_indices(tmp_path):
+    """The palette's colours mean nothing here, and the licence plate (34) is known and ignored."""
+    make_gta5(tmp_path / "gta5", 8)
+    make_cityscapes(tmp_path / "cityscapes")
+    cfg = load_config(None, pair_items(tmp_path, "gta5", "cityscapes"))
+    train = Scenes(cfg, "source", "train", labels=True)
+    got = train.native_label(len(train) - 1)[0]
+    assert train.samples[-1].name == "00008"
+    assert got[np.linspace(2, 33, 8).astype(int)].tolist() == [0, 1, 2, 8, 10, 13, IGNORE, IGNORE]
+
+
+def test_synthia_16_bit_labels_keep_their_ids(tmp_path):
+    """Pillow cuts these files to their high byte, which is 0 everywhere: all void, and no error."""
+    make_synthia(tmp_path / "synthia")
+    make_cityscapes(tmp_path / "cityscapes")
+    cfg = load_config(None, pair_items(tmp_path, "synthia", "cityscapes"))
+    train = Scenes(cfg, "source", "train", labels=True)
+    assert not np.asarray(Image.open(train.samples[0].label))[..., 0].any()  # what Pillow makes of it
+    assert train.native_label(0)[0, np.linspace(2, 33, 8).astype(int)].tolist() == [0, 1, 2, 8, 9, 12, IGNORE, IGNORE]
+    path = save_png16(tmp_path / "big.png", np.stack([stripes((3, 259))] * 3, -1))
+    with pytest.raises(UserError, match=r"big\.png: unknown label id 259 \(432 pixels\)"):  # 259 is not 3
+        datasets.read_label(str(path), "red16", train.table)
+
+
+def test_cityscapes_splits_and_names(published):
+    """Only labelIds are read, images and labels belong together over city folders, and test images may lack labels."""
+    cfg = load_config(None, pair_items(published, "gta5", "cityscapes"))
+    val = Scenes(cfg, "target", "val", labels=True)
+    assert [s.name for s in val.samples] == [f"lindau/lindau_{i:06d}_000019_leftImg8bit" for i in range(3)]
+    first = [int(val.native_label(i)[0, 0]) for i in range(3)]
+    assert first == [0, 1, 2]  # ids 7, 8, 11
+    train = Scenes(cfg, "target", "train", labels=False)
+    assert [s.name.split("/")[0] for s in train.samples] == ["aachen"] * 3 + ["bonn"] * 2
+    with pytest.raises(UserError, match=r"aachen_000000_000019_gtFine_labelIds\.png: no such label.*4 more"):
+        Scenes(cfg, "target", "train", labels=True)
+
+
+def test_idd_lite_is_split_by_sequence(tmp_path):
+    """Two frames of one sequence are near-duplicates and stay in one split."""
+    make_idd_lite(tmp_path / "idd_lite", 12)
+    make_camvid(tmp_path / "camvid")
+    cfg = load_config(None, pair_items(tmp_path, "idd_lite", "camvid"))
+    parts = [Scenes(cfg, "source", split, labels=True).samples for split in ("train", "val")]
+    sequences = [{s.name.split("/")[0] for s in part} for part in parts]
+    assert not sequences[0] & sequences[1] and len(sequences[0] | sequences[1]) == 12
+    assert len(parts[0]) + len(parts[1]) == 24 and len(parts[1]) == 2 * 2
+
+
+@pytest.mark.parametrize("count, held", [(24966, 502), (9400, 200), (8, 1), (2, 1)])
+def test_blocks_of_neighbours_are_held_out(count, held):
+    """About 2 % of a large set, never nothing of a tiny one, and whole blocks, because neighbours look alike."""
+    groups = datasets.groups_by_block([str(i) for i in range(count)])
+    first = min(3, groups[-1])
+    chosen = [i for i, g in enumerate(groups) if g % TABLES["gta5"].val_every == first]
+    assert len(chosen) == held and groups == sorted(groups)
+    assert sum(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False)) == max(0, round(held / 100) - 1)
+
+
+def test_classes_names_another_list_that_both_have(published):
+    """16 against 19 classes is the field's commonest muddle: it is named, and the pair must have it."""
+    items = pair_items(published, "gta5", "cityscapes")
+    assert class_list(load_config(None, [*items, "classes=cityscapes16"]))[0] == "cityscapes16"
+    with pytest.raises(UserError, match="classes=cityscapes19: synthia and cityscapes share .'cityscapes16'"):
+        class_list(load_config(None, [*pair_items(published, "synthia", "cityscapes"), "classes=cityscapes19"]))
+
+
+# ------------------------------------------------------------------------------------------------------ exclude
+
+
+def test_exclude_leaves_out_pairs_and_moves_no_other(published):
+    """An excluded frame goes, from whichever split it is in; every other frame stays in its own split."""
+    items = pair_items(published, "gta5", "cityscapes")
+    plain = {split: [s.name for s in Scenes(load_config(None, items), "source", split, labels=True).samples]
+             for split in ("train", "val")}
+    cfg = load_config(None, [*items, 'source.exclude=["00001", "00007"]'])
+    for split, names in plain.items():
+        got = [s.name for s in Scenes(cfg, "source", split, labels=True).samples]
+        assert got == [n for n in names if n not in ("00001", "00007")]
+
+
+@pytest.mark.parametrize("item, words", [
+    ('source.exclude=["0001"]', "source.exclude: no sample '0001'.*did you mean '00001'"),
+    ('target.exclude=["aachen/x"]', "target.exclude: no sample 'aachen/x'"),
+])
+def test_excluding_what_does_not_exist_is_an_error(published, item, words):
+    """A misspelt name would leave the bad pair in."""
+    cfg = load_config(None, [*pair_items(published, "gta5", "cityscapes"), item])
+    with pytest.raises(UserError, match=words):
+        Scenes(cfg, item.partition(".")[0], "train", labels=False)
+
+
+def test_streets_scenes_can_be_excluded_too():
+    """One key, one meaning, for every data set."""
+    cfg = make_cfg(source__images=5, source__exclude=["000002"])
+    assert [s.name for s in Scenes(cfg, "source", "train", labels=True).samples] == ["000000", "000001", "000003", "000004"]
+    with pytest.raises(UserError, match="no scene 'x'"):
+        Scenes(make_cfg(source__exclude=["x"]), "source", "train", labels=True)
+
+
+# -------------------------------------------------------------------------------------------------------- folder
+
+
+def readme_config() -> dict:
+    """The YAML example under README's "Your own simulator and your own camera"."""
+    return yaml.safe_load(re.search(r"```yaml\n(.*?)```", (REPO / "README.md").read_text(), re.S)[1])
+
+
+def make_own(root):
+    """The two folders that the README's example describes, and that config with its roots below `root`."""
+    colours = [(90, 90, 90), (255, 255, 255), (200, 100, 0), (0, 200, 255), (255, 0, 0), (0, 0, 0)]
+    for drive in "ab":
+        for i in range(5):
+            ids = stripes(range(6))
+            save_image(root / f"simulator/drives/{drive}/rgb/{i}.png", picture(ids))
+            save_image(root / f"simulator/drives/{drive}/semantic/{i}_seg.png", np.array(colours)[ids])
+    for i in (16, 17, 18):
+        save_image(root / f"camera/2026-05-01/frame_0000{i}.jpg", picture(stripes((1, 2))))
+    for i in range(2):
+        save_image(root / f"camera/labelled/{i}.jpg", picture(stripes((1, 2))))
+        save_image(root / f"camera/labelled/{i}_ids.png", stripes((1, 3, 2, 4, 5, 0, 255)))
+    tree = readme_config()
+    tree["source"]["root"], tree["target"]["root"] = str(root / "simulator"), str(root / "camera")
+    return tree
+
+
+def load_tree(tmp_path, tree, *items):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return load_config(str(tmp_path / "own.yaml"), items)
+
+
+def test_the_readme_example_of_own_data_works(tmp_path):
+    """Copied from the README, it must read exactly what the README says, or own data needs five edits after all."""
+    cfg = load_tree(tmp_path, make_own(tmp_path))
+    name, classes = class_list(cfg)
+    assert name == "own" and list(classes) == ["road", "building", "sky", "car"] and classes["car"] == (0, 0, 142)
+    train, held_out = (Scenes(cfg, "source", split, labels=True) for split in ("train", "val"))
+    assert (len(train), len(held_out)) == (9, 1) and train.samples[0].name == "a/rgb/0"
+    assert train.native_label(0)[0, ::6].tolist() == [0, 0, 1, 2, 3, IGNORE]
+    target, val = Scenes(cfg, "target", "train", labels=False), Scenes(cfg, "target", "val", labels=True)
+    assert [s.name for s in target.samples] == ["2026-05-01/frame_000016", "2026-05-01/frame_000018"]
+    seen = val.native_label(1)[0, np.linspace(2, 33, 7).astype(int)].tolist()
+    assert seen == [0, 1, 1, 2, 3, IGNORE, IGNORE]
+
+
+def test_a_camera_without_any_label_trains(tmp_path, stage):
+    """The commonest wish: no labelled target frame at all. All but evaluate.py runs, and that says what is missing."""
+    tree = make_own(tmp_path)
+    tree |= {"output": str(tmp_path / "out"), "precision": "float32"}
+    tree["target"] = {"dataset": "folder", "root": tree["target"]["root"], "files": {"train": "2026-*/*.jpg"}, "size": [32, 48]}
+    tree["source"]["size"] = [32, 48]
+    tree |= {"fseg": {"width": 0.03, "steps": 1}, "gan": {"steps": 1, "width": 4, "d_width": 4, "d_layers": 2},
+             "selfens": {"width": 0.03, "steps": 1}}  # fmt: skip
+    load_tree(tmp_path, tree)
+    for name in ("datasets", "train_gan", "augment", "train_selfens"):
+        stage(name, tmp_path / "own.yaml")
+    with pytest.raises(UserError, match="target.files: val has no pattern of labels"):
+        stage("evaluate", tmp_path / "own.yaml")
+
+
+def test_folder_onto_a_published_class_list(tmp_path, published):
+    """Own simulator -> Cityscapes: the built-in list is named where several fit; a class that it lacks is an error."""
+    tree = make_own(tmp_path)
+    del tree["class_colours"]
+    tree["target"] = {"dataset": "cityscapes", "root": str(published / "cityscapes")}
+    with pytest.raises(UserError, match="cityscapes19 and cityscapes16 fit equally"):
+        class_list(load_tree(tmp_path, tree))
+    cfg = load_tree(tmp_path, tree, "classes=cityscapes19")
+    assert Scenes(cfg, "source", "train", labels=True).native_label(0)[0, ::6].tolist() == [0, 0, 2, 10, 13, IGNORE]
+    tree["source"]["ids"]["tram"] = [1, 2, 3]
+    with pytest.raises(UserError, match="source.ids: 'tram' is not a class"):
+        class_list(load_tree(tmp_path, tree))
+
+
+def test_ids_reads_a_published_data_set_onto_an_own_list(tmp_path, published):
+    """Own simulator with four classes -> Cityscapes with the same four, without an edit of datasets.py."""
+    tree = make_own(tmp_path)
+    tree["target"] = {"dataset": "cityscapes", "root": str(published / "cityscapes"),
+                      "ids": {"road": [7, 8], "building": 11, "sky": 23, "car": [26, 27]}}
+    cfg = load_tree(tmp_path, tree)
+    val = Scenes(cfg, "target", "val", labels=True)
+    assert cfg.classes == "auto" and val.class_list == "own"
+    assert val.native_label(0)[0, np.linspace(2, 33, 8).astype(int)].tolist() == [0, 0, 1, IGNORE, 2, 3, IGNORE, IGNORE]
+
+
+@pytest.mark.parametrize("section, key, value, words", [
+    ("source", "files", None, "source.files: .*folder needs it"),
+    ("source", "files", {"trian": ["a/*.png", "b/*.png"]}, "source.files: trian: unknown split"),
+    ("source", "files", {"train": ["a/*.png", "b/*/*.png"]}, "source.files: train: .*same"),
+    ("source", "files", {"train": ["a/*.png", "b/*.png", "c/*.png"]}, "source.files: train: must be"),
+    ("source", "files", {"train": 7}, "source.files: train: must be"),
+    ("source", "files", {"train": ["/etc/*.png", "b/*.png"]}, "source.files: train: .*below root"),
+    ("source", "files", {"train": ["../*.png", "b/*.png"]}, "source.files: train: .*below root"),
+    ("source", "files", {"train": ["a/**.png", "b/**.png"]}, "source.files: train: .*below root"),
+    ("source", "files", {"train": ["a/0.png", "b/0.png"]}, "source.files: train: .*below root"),
+    ("source", "files", {"train": "drives/*/rgb/*.png"}, "source.files: train has no pattern of labels"),
+    ("source", "read", None, "source.read: source.files names labels"),
+    ("source", "ids", None, "source.ids: source.files names labels"),
+    ("source", "ids", {"ignore": [[0, 0, 0]]}, "source.ids: no class has an id"),
+    ("source", "ids", {"road": 5}, "source.ids: road: a colour is"),
+    ("source", "ids", {"road": [[1, 2]]}, "source.ids: road: a colour is"),
+    ("source", "ids", {"road": [1, 2, 256]}, "source.ids: road: a colour is"),
+    ("source", "ids", {"road": [1, 2, 3], "car": [1, 2, 3]}, r"source.ids: car: colour \[1, 2, 3\] belongs to 'road'"),
+    ("source", "ids", {"way": [1, 2, 3]}, "source.ids: 'way' is not a class of 'own'"),
+    ("target", "ids", {"road": 256}, "target.ids: road: an id read by 'index' is a whole number, 0 to 255"),
+    ("target", "ids", {"road": "one"}, "target.ids: road: an id read by"),
+    ("target", "ids", {"road": True}, "'target.ids' must be mapping"),
+    ("target", "ids", {1: "road"}, "'target.ids' must be mapping"),
+    ("target", "ids", [1, 2], "'target.ids' must be mapping"),
+    ("target", "ids", {"road": 1.5}, "'target.ids' must be mapping"),
+    ("target", "exclude", [17], "'target.exclude' must be list of texts, numbers in quotes"),
+    ("target", "exclude", "17", "'target.exclude' must be list of texts"),
+    ("target", "read", "green", "'target.read' must be index"),
+    (None, "class_colours", {"road": [0, 0]}, "class_colours: road: a colour is"),
+    (None, "class_colours", {"ignore": [0, 0, 0]}, "class_colours: .*'ignore'"),
+])
+def test_wrong_folder_keys_are_one_line_that_names_the_key(tmp_path, section, key, value, words):
+    """A class table is typed by hand: whatever is wrong in it must be found from the message alone."""
+    tree = make_own(tmp_path)
+    (tree[section] if section else tree)[key] = value
+    with pytest.raises(UserError, match=words) as error:
+        cfg = load_tree(tmp_path, tree)
+        Scenes(cfg, section or "source", "train" if section != "target" else "val", labels=True)
+    assert "\n" not in str(error.value)
+
+
+def test_folder_keys_of_a_published_data_set_are_refused(published):
+    """They would be ignored in silence."""
+    for item in ("source.read=red", "source.files={train: [a/*.png]}"):
+        with pytest.raises(UserError, match=f"{item.partition('=')[0]}: only for source.dataset=folder"):
+            class_list(load_config(None, [*pair_items(published, "gta5", "cityscapes"), item]))
+    with pytest.raises(UserError, match="class_colours: not used"):
+        class_list(load_config(None, [*pair_items(published, "gta5", "cityscapes"), "class_colours={road: [1, 2, 3]}"]))
+
+
+def test_labels_may_lie_beside_their_images(tmp_path):
+    """x.png with x_ids.png is a common layout; a label must not be taken for an image of its own."""
+    for name in ("a", "b/c", "b/d/e"):
+        save_image(tmp_path / f"sim/{name}.png", picture(stripes((1, 2))))
+        save_image(tmp_path / f"sim/{name}_ids.png", stripes((1, 2)))
+    cfg = make_cfg(source__dataset="folder", source__root=str(tmp_path / "sim"), source__read="index", classes="camvid10",
+                   source__files={"train": ["**/*.png", "**/*_ids.png"]}, source__ids={"road": 1, "car": 2},
+                   target__dataset="camvid")  # fmt: skip
+    pairs = [Scenes(cfg, "source", split, labels=True).samples for split in ("train", "val")]
+    assert [s.name for s in pairs[0]] == ["a", "b/c"] and [s.name for s in pairs[1]] == ["b/d/e"]
+    assert pairs[1][0].label.endswith("b/d/e_ids.png")
+
+
+@pytest.mark.parametrize("workers, kept", [(None, 8), (4, 2)])
+def test_reading_processes_share_the_room_of_the_cache(published, monkeypatch, workers, kept):
+    """Sixteen processes with two gigabytes for each of three data sets would fill the memory of most machines."""
+    cfg = load_config(None, [*pair_items(published, "gta5", "cityscapes"), "source.size=[10,10]"])
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 8 * 300)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: workers and SimpleNamespace(num_workers=workers))
+    scenes = Scenes(cfg, "source", "train", labels=False)
+    for i in range(7):
+        scenes.image(i)
+    assert len(scenes._cache) == min(7, kept)
+
+
+def test_two_files_of_one_name_are_an_error(tmp_path):
+    """a.jpg and a.png would share one label, and one augmented image."""
+    make_carla(tmp_path / "carla", 4, 1)
+    make_camvid(tmp_path / "camvid", 2, 1)
+    shutil.copy(tmp_path / "carla/CameraRGB/000000.png", tmp_path / "carla/CameraRGB/000000.jpg")
+    with pytest.raises(UserError, match="second file for the same name"):
+        Scenes(cfg_of(tmp_path), "source", "train", labels=True)
+
+
+# ----------------------------------------------------------------------------------------------------- odd images
+
+
+def one_pair(tmp_path):
+    """A tiny GTA5 and Cityscapes, its config, and the paths of the first train image and label."""
+    make_gta5(tmp_path / "gta5")
+    make_cityscapes(tmp_path / "cityscapes")
+    cfg = load_config(None, [*pair_items(tmp_path, "gta5", "cityscapes"), "source.size=[24,36]"])
+    return cfg, tmp_path / "gta5/images/00001.png", tmp_path / "gta5/labels/00001.png"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_images_of_other_modes_become_rgb(tmp_path, mode):
+    """Cameras and tools write all of them: greyscale thrice, alpha dropped, CMYK converted, and stated in the README."""
+    cfg, image, _ = one_pair(tmp_path)
+    rgb = Image.open(image).convert("RGB")
+    odd = rgb.convert(mode)
+    if mode == "RGBA":
+        odd.putalpha(0)  # wholly transparent: the colours below count
+    if mode == "CMYK":
+        image.unlink()
+        image = image.with_suffix(".jpg")
+    odd.save(image, **({"quality": 95} if mode == "CMYK" else {}))
+    got = Scenes(cfg, "source", "train", labels=True).image(0)
+    assert got.shape == (3, 24, 36)
+    error = (got.permute(1, 2, 0).float() - torch.from_numpy(np.array(rgb)).float()).abs()
+    if mode in ("RGBA", "CMYK"):
+        assert error.median() <= (0 if mode == "RGBA" else 6)
+    if mode in ("L", "1", "LA"):
+        assert (got[0] == got[1]).all() and (got[0] == got[2]).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation, turn", [(3, 2), (6, 3), (8, 1)])
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation, turn):
+    """A phone stores frames lying on their side; the network gets them upright, as the label was drawn."""
+    cfg, image, label = one_pair(tmp_path)
+    upright = np.array(Image.open(image).convert("RGB"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.unlink()
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright, -turn)))
+    stored.save(image.with_suffix(suffix), exif=exif, **({"quality": 95} if suffix == ".jpg" else {}))
+    scenes = Scenes(cfg, "source", "train", labels=True)  # sizes agree once the image is turned
+    assert np.median(np.abs(scenes.image(0).permute(1, 2, 0).numpy().astype(int) - upright)) <= 4
+    if turn % 2:
+        save_palette(label, np.rot90(stripes((7, 8))))  # drawn on the image as stored
+        with pytest.raises(UserError, match=r"images/00001\.\w+: 36x24 pixels, but its label .* has 24x36"):
+            Scenes(cfg, "source", "train", labels=True)
+
+
+def test_16_bit_images_are_refused(tmp_path):
+    """Pillow makes 16-bit greyscale all white and cuts 16-bit colour: neither is what the file shows."""
+    for array in (np.full((24, 36), 300, np.uint16), np.full((24, 36, 3), 300, np.uint16)):
+        cfg, image, _ = one_pair(tmp_path)
+        save_png16(image, array)
+        with pytest.raises(UserError, match=r"images/00001\.png: 16 bits per channel where 8 are expected"):
+            Scenes(cfg, "source", "train", labels=True)
+
+
+LABELS = {  # name -> (how labels are read, function that writes a wrong label, words of the error)
+    "16 bit for 8": ("index", lambda p: save_png16(p, stripes((7, 8))), "16 bits per channel where 8 are expected"),
+    "16 bit colour for 8": ("rgb", lambda p: save_png16(p, np.stack([stripes((7, 8))] * 3, -1)), "16 bits per channel where 8"),
+    "8 bit for 16": ("red16", lambda p: save_palette(p, stripes((7, 8))), "8 bits per channel where 16 are expected"),
+    "grey of 16": ("red16", lambda p: save_png16(p, stripes((7, 8))), "mode I;16 and 16 bits cannot be a label"),
+    "colour for ids": ("index", lambda p: save_image(p, picture(stripes((7, 8)))), "mode RGB .*cannot be a label read by"),
+    "1 bit": ("index", lambda p: Image.fromarray(stripes((0, 1)) > 0).save(p), "cannot be a label"),
+    "lossy": ("index", lambda p: Image.fromarray(stripes((7, 8)).astype(np.uint8)).save(p, "JPEG"), "JPEG of mode L"),
+}
+
+
+@pytest.mark.parametrize("how", LABELS)
+def test_labels_that_cannot_hold_ids_are_refused(tmp_path, how):
+    """Each of these decodes without an error, to numbers that are not the ids."""
+    read, write, words = LABELS[how]
+    path = tmp_path / "label.png"
+    write(path)
+    with pytest.raises(UserError, match=words) as error:
+        datasets.read_label(str(path), read, np.zeros(datasets.VALUES[read], np.int16))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_4_bit_greyscale_labels_are_refused(tmp_path):
+    """Pillow multiplies their values by 17: id 1 would be read as 17."""
+    path = tmp_path / "label.png"
+    write_png(path, 4, 1, 4, 0, b"\0" + bytes([0x01, 0x23]))
+    assert np.asarray(Image.open(path)).tolist() == [[0, 17, 34, 51]]
+    with pytest.raises(UserError, match="4 bits cannot be a label"):
+        datasets.read_label(str(path), "index", np.zeros(256, np.int16))
+
+
+def test_unknown_colour_names_colour_file_and_pixels(tmp_path):
+    """A simulator's update adds a class; its colour must not become void in silence."""
+    tree = make_own(tmp_path)
+    label = tmp_path / "simulator/drives/a/semantic/0_seg.png"
+    pixels = np.array(Image.open(label))
+    pixels[:2, :3] = (1, 2, 3)
+    save_image(label, pixels)
+    with pytest.raises(UserError, match=r"0_seg\.png: unknown label colour \[1, 2, 3\] \(6 pixels\)"):
+        Scenes(load_tree(tmp_path, tree), "source", "train", labels=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_reading_process_stays_one_line(tmp_path, workers):
+    """A bad file that the start's sample missed stops training with the same one line, not with a worker's traceback."""
+    cfg, image, label = one_pair(tmp_path)
+    source = Scenes(cfg, "source", "train", labels=True)
+    label.write_bytes(label.read_bytes()[:80])
+    with pytest.raises(UserError, match=r"labels/00001\.png: not a readable image") as error:
+        list(Batches(cfg, "test", 7, None, source=source).loader(0, 1, workers))
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(label))
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

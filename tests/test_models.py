@@ -1,5 +1,6 @@
 """The networks: formulas, published shapes, pretrained weights, and that pixels stay where they were."""
 
+import re
 import urllib.error
 
 import numpy as np
@@ -11,8 +12,11 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms.v2.functional import normalize
 
-from models import DeepLabVGG16, FCN8s, Generator, MultiScaleDiscriminator, ResBlock, adain
-from runtime import UserError
+import models
+from conftest import REPO
+from models import DeepLabVGG16, FCN8s, Generator, MultiScaleDiscriminator, ResBlock, adain, build_segmenter, step_costs
+from runtime import UserError, load_config
+from train_gan import check_depth
 
 TRUNK = sum(9 * a * b + b for a, b in ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256),
                                        (256, 512), (512, 512), (512, 512), (512, 512), (512, 512), (512, 512)))  # fmt: skip
@@ -332,3 +336,44 @@ def test_segmenters_use_imagenet_normalisation():
     x = torch.rand(2, 3, 4, 5)
     expected = normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(FCN8s(2, 0.03).normalise(2 * x - 1), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- cost
+
+
+def test_step_costs_count_every_pass():
+    """The estimate of GPU hours rests on this count: a hand count of f_seg's and of the segmenter's convolutions."""
+    cfg = load_config(None, ["fseg.batch=2", "selfens.batch=2", "fseg.batch_norm=false", "selfens.batch_norm=false"])
+    costs = step_costs(cfg, 10)
+    segmenter = build_segmenter(cfg, 10)
+    counted = {}
+
+    def count(module, _, y):
+        counted[module] = 2 * y.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+
+    for m in segmenter.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(count)
+    with torch.no_grad():
+        segmenter(torch.zeros(2, 3, *cfg.source.size))
+    first = next(m for m in segmenter.modules() if isinstance(m, nn.Conv2d))
+    forward = sum(counted.values())
+    # The teacher's pass, and for each of three domains a forward and twice that back; nothing goes back into the image.
+    assert costs["selfens"][1] == forward + 3 * (3 * forward - counted[first])
+    assert costs["selfens"][0] == sum(p.numel() for p in segmenter.parameters())
+    assert costs["augment"][1] < costs["gan"][1]
+    assert [name for name, (_, _, kept, _) in costs.items() if not kept] == ["augment"]
+
+
+@pytest.mark.parametrize("name", ["gta5_cityscapes", "synthia_cityscapes"])
+def test_estimates_in_the_configs_are_what_the_command_prints(name, capsys, monkeypatch):
+    """A number in a comment goes stale when a step count changes; and the full-size networks must fit the crops."""
+    path = REPO / "configs" / f"{name}.yaml"
+    monkeypatch.setattr("sys.argv", ["models.py", str(path), "--peak", "312", "--share", "0.2"])
+    models.main()
+    printed, text = capsys.readouterr().out, " ".join(path.read_text().replace("#", " ").split())
+    hours = re.search(r"([\d.]+) hours in all", printed)[1]
+    flops = {m[1]: f"{float(m[2]):.1f}" for m in re.finditer(r"^(\w+) +[\d,]+ +([\d.]+) ", printed, re.M)}
+    assert f"{hours} GPU hours" in text
+    assert f"({flops['f_seg']} TFLOP for f_seg, {flops['gan']} for G and D, {flops['selfens']} for self-ensembling)" in text
+    check_depth(load_config(str(path)))
