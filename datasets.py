@@ -35,7 +35,19 @@ CLASS_LISTS = {
         "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign": (192, 128, 128), "fence": (64, 64, 128),
         "car": (64, 0, 128), "pedestrian": (64, 64, 0),
     },
+    "cityscapes19": {
+        "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+        "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+        "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+        "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+        "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
+    },
 }  # fmt: skip
+CLASS_LISTS["cityscapes16"] = {  # those that SYNTHIA has, too
+    name: colour for name, colour in CLASS_LISTS["cityscapes19"].items() if name not in ("terrain", "truck", "train")
+}
+CITYSCAPES_IDS = dict(zip(CLASS_LISTS["cityscapes19"], [[i] for i in (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)],
+                          strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -89,6 +101,14 @@ TABLES = {
         read="index",
         known=tuple(range(12)),
         ids={"camvid10": {name: [i] for i, name in enumerate(CLASS_LISTS["camvid10"])}},  # 10 bicyclist, 11 void
+    ),
+    "cityscapes": Table(
+        images={split: f"leftImg8bit/{split}/*/*_leftImg8bit.png" for split in ("train", "val", "test")},
+        label=(r"^leftImg8bit/(.+)_leftImg8bit\.png$", r"gtFine/\1_gtFine_labelIds.png"),
+        read="index",
+        known=tuple(range(34)),
+        ids={"cityscapes19": CITYSCAPES_IDS,
+             "cityscapes16": {name: CITYSCAPES_IDS[name] for name in CLASS_LISTS["cityscapes16"]}},
     ),
 }  # fmt: skip
 
