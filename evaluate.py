@@ -41,7 +41,9 @@ def confusion_matrix(label: torch.Tensor, prediction: torch.Tensor, classes: int
     label: 0 ... classes - 1, or IGNORE for pixels that do not count; prediction: 0 ... classes - 1.
     """
     # IGNORE is counted as a row like any other and cut off: cheaper than selecting pixels, and no wait for the device.
-    pairs = label.int() * classes + prediction.int()
+    # Two bytes hold every pair of up to 127 classes, and a pass over them is what this costs.
+    dtype = torch.int16 if classes < 128 else torch.int32
+    pairs = label.to(dtype) * classes + prediction.to(dtype)
     return torch.bincount(pairs.view(-1), minlength=(IGNORE + 1) * classes).view(-1, classes)[:classes]
 
 
@@ -97,10 +99,10 @@ def predictions(predict, image, indices, batch: int, device, title: str):
 
 
 def classify(z: torch.Tensor, size) -> torch.Tensor:
-    """z: (C, h, w) logits -> (H, W) int64 train ids: resized bilinearly (align_corners=False), then the argmax."""
+    """z: (C, h, w) logits -> (H, W) uint8 train ids: resized bilinearly (align_corners=False), then the argmax."""
     if z.shape[-2:] != tuple(size):
         z = F.interpolate(z[None], tuple(size), mode="bilinear", align_corners=False)[0]
-    return z.argmax(0)
+    return z.argmax(0).byte()
 
 
 def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen=None) -> torch.Tensor:
@@ -117,9 +119,6 @@ def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen
         if seen:
             seen(i, prediction)
     return confusion.cpu()
-
-
-# ---------------------------------------------------------------------------------------------------------- files
 
 
 def output_folder(path: str, data: str | None, option: str) -> Path:
@@ -147,13 +146,11 @@ def save_png(path: Path, picture) -> None:
 
 def label_ids(scenes: Scenes) -> np.ndarray:
     """(C,) uint8: for each train id the data set's own label id, the smallest where a class is made up of several."""
-    ids = []
-    for train_id, name in enumerate(scenes.classes):
-        raw = np.flatnonzero(scenes.table == train_id)
-        if not len(raw):
-            raise UserError(f"--export: {scenes.dataset} has no label id for the class '{name}', which may be predicted; "
-                            "choose another class list with 'classes'")
-        ids.append(raw[0])
+    ids = [next(iter(np.flatnonzero(scenes.table == k)), 256) for k in range(len(scenes.classes))]
+    for name, raw in zip(scenes.classes, ids, strict=True):
+        if raw > 255:  # a class that the target's labels never have, or labels that are colours
+            raise UserError(f"--export: {scenes.dataset} has no label id of 8 bits for the class '{name}', which may be "
+                            "predicted; choose another class list with 'classes', or use --images")
     return np.array(ids, np.uint8)
 
 
@@ -179,7 +176,7 @@ def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -
 
     for i, z in predictions(predict, image, range(len(paths)), cfg.eval.batch, device, "predict"):
         picture = read_image(str(paths[i]))  # again, at its own size: keeping a batch of them would take memory
-        ids = classify(z, picture.size[::-1]).byte().cpu().numpy()
+        ids = classify(z, picture.size[::-1]).cpu().numpy()
         colour = colourise(ids, classes)
         overlay = Image.blend(picture, Image.fromarray(colour), 0.5)
         for folder, result in zip(kinds, (ids, colour, overlay), strict=True):
