@@ -326,8 +326,8 @@ def main() -> None:
     if np.isnan(iou).all():
         raise UserError(f"{cfg.target.root}: no labelled pixel in the {split} split; nothing to evaluate")
     per_class = {name: None if np.isnan(v) else float(v) for name, v in zip(classes, iou, strict=True)}
-    (height, width), others = next(iter(sizes)), len(sizes) - 1
-    own = f"{width}x{height}" + (f" and {others} other sizes" if others else "")
+    height, width = next(iter(sizes))
+    own = f"{width}x{height}" + (f", one of {len(sizes)} sizes" if len(sizes) > 1 else "")
     result = {
         "miou": float(np.nanmean(iou)), "per_class": per_class,
         "confusion": confusion.tolist(), "classes": list(classes), "variant": variant, "model": args.model,
