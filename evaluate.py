@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import TABLES, Scenes, class_list, colourise, read_image, to_float
+from datasets import Scenes, class_list, colourise, read_image, to_float
 from losses import IGNORE
 from models import build_segmenter
 from runtime import (
@@ -64,9 +64,8 @@ def load_network(cfg, which: str, classes: dict, device, precision: str):
     predict(x: (N, 3, h, w) in [-1, 1]) yields each image's logits (C, h, w), one at a time: up-sampled logits of a batch
     at 2048x1024 would take gigabytes. Raises UserError for a checkpoint of other classes, config or architecture.
     """
-    variant = cfg.selfens.variant
-    path = Path(cfg.output, cfg.name, "selfens", variant, "last.pt")
-    mend = f"train it first: python train_selfens.py CFG selfens.variant={variant}"
+    path = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
+    mend = f"train it first: python train_selfens.py CFG selfens.variant={cfg.selfens.variant}"
     state = load_checkpoint(path, mend)
     if not {"classes", "teacher", "student"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train_selfens.py; {mend}")
@@ -147,10 +146,9 @@ def save_png(path: Path, picture) -> None:
 def label_ids(scenes: Scenes) -> np.ndarray:
     """(C,) uint8: for each train id the data set's own label id, the smallest where a class is made up of several."""
     ids = [next(iter(np.flatnonzero(scenes.table == k)), 256) for k in range(len(scenes.classes))]
-    for name, raw in zip(scenes.classes, ids, strict=True):
-        if raw > 255:  # a class that the target's labels never have, or labels that are colours
-            raise UserError(f"--export: {scenes.dataset} has no label id of 8 bits for the class '{name}', which may be "
-                            "predicted; choose another class list with 'classes', or use --images")
+    if max(ids) > 255:  # a class that the target's labels never have, or labels that are colours
+        raise UserError(f"--export: {scenes.dataset} has no label id of 8 bits for '{list(scenes.classes)[np.argmax(ids)]}', "
+                        "which may be predicted; choose another class list with 'classes', or use --images")
     return np.array(ids, np.uint8)
 
 
@@ -297,8 +295,8 @@ def main() -> None:
         return predict_folder(predict, cfg, classes, device, args.images, args.out)
 
     # The data, and the places for what will be written, before the first prediction.
-    if split == "test" and "test" not in getattr(TABLES.get(cfg.target.dataset), "images", {}):
-        raise UserError(f"--split test: {cfg.target.dataset} has no test split")
+    if split == "test" and cfg.target.dataset == "streets":
+        raise UserError("target.dataset=streets: has no test split; use --split val")
     labels = not (split == "test" and args.export)
     scenes = Scenes(cfg, "target", split, labels)
     scenes._room = 0  # every image is read once: keeping them for a second time would only grow
