@@ -4,11 +4,13 @@
 cityscapesScripts runs as it is published, in a process of its own.
 """
 
+import errno
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from types import SimpleNamespace
 
@@ -25,8 +27,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 import evaluate
 import runtime
 import train_selfens
+from datasets import CLASS_LISTS
 from evaluate import classify, confusion_matrix, iou_from_confusion
 from losses import IGNORE
+from models import build_segmenter
 from runtime import UserError, load_checkpoint
 
 EVALUATED = [label for label in LABELS if not label.ignoreInEval]  # in the order of the train ids
@@ -255,6 +259,14 @@ def test_the_test_split_is_exported_without_labels(cityscapes, stage, tmp_path, 
     assert not (cityscapes.out / "run/eval/source_only_teacher_test.json").exists()
 
 
+def test_streets_have_no_test_split(spoiled, capsys):
+    """The drawn scenes have a train and a val split; asking for another must not end in a traceback."""
+    net = build_segmenter(runtime.load_config(spoiled.args[0]), 10).state_dict()
+    torch.save(spoiled.state | {"classes": list(CLASS_LISTS["streets"]), "teacher": net}, spoiled.path)
+    items = ["source.dataset=streets", "target.dataset=streets", "classes=auto", "--split", "test"]
+    assert "no test split" in refused(capsys, *spoiled.args, *items)
+
+
 def test_an_export_beside_the_labels_is_refused(cityscapes, capsys):
     """--export into the data set could overwrite labels of the same names."""
     before = digests(cityscapes.data)
@@ -427,6 +439,13 @@ def test_folders_that_cannot_be_written_are_refused_before_the_work(spoiled, cap
     error = refused(capsys, *spoiled.args)
     assert str(tmp_path / "run/eval") in error and "'output'" in error
     assert (tmp_path / "file").read_text() == (tmp_path / "run/eval").read_text() == "not a folder"
+
+    def read_only(dir):  # for whoever runs the tests as root, whom no permission stops
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "run/eval").unlink()
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert "Permission denied" in refused(capsys, *spoiled.args)
 
 
 def test_refusals_have_no_traceback(spoiled):
