@@ -539,6 +539,11 @@ def read_label(path: str, read: str, table: np.ndarray) -> np.ndarray:
         if raw is None or image.format != "PNG":
             raise UserError(f"{path}: {image.format} of mode {mode} and {_png_depth(path)[0]} bits cannot be a label read by "
                             f"'{read}'; save it as such a PNG")
+    if raw.dtype == np.uint8:  # a table of bytes over bytes: a third of the time of indexing; 254 stands for an unknown id
+        lut = np.where(table[:256] < 0, 254, table[:256]).astype(np.uint8).tobytes()
+        train_ids = np.frombuffer(bytearray(raw).translate(lut), np.uint8).reshape(raw.shape)
+        if not (train_ids == 254).any():
+            return train_ids
     ids = table[raw]
     if (ids < 0).any():
         unknown, pixels = np.unique(raw[ids < 0], return_counts=True)
@@ -589,7 +594,7 @@ class Scenes:
         self.role, self.size, self.dataset, self.read = role, tuple(part.size), part.dataset, table.read
         self.class_list, self.classes = class_list(cfg)
         self.samples = list_samples(cfg, role, split, labels)
-        self.table = train_id_table(table, self.class_list) if labels else None
+        self.table = train_id_table(table, self.class_list)
         self._cache, self._room = {}, CACHE_BYTES
         self._check(16)
 

@@ -1,38 +1,50 @@
-"""Stage 4: per-class IoU of the last step's teacher on the target's labelled val split.
+"""Stage 4: per-class IoU of the last step's teacher on the target's labelled val split; predictions as files.
 
 Reads OUTPUT/NAME/selfens/VARIANT/last.pt and the target data set; writes OUTPUT/NAME/eval/VARIANT_MODEL_SPLIT.json
-and a sheet of images, labels and predictions beside it. Logits are up-sampled to each label's own size.
+and a sheet of images, labels and predictions beside it. The network sees images resized to target.size; its logits are
+up-sampled bilinearly (align_corners=False: pixel centres at half-integers) to each label's, or image's, own size.
 
     python evaluate.py --split val                                     the teacher of selfens.variant
     python evaluate.py configs/carla_camvid.yaml selfens.variant=source_only --model student
+    python evaluate.py --split val --export predictions                and label-id PNGs, as benchmark servers take them
+    python evaluate.py --images DIR --out DIR                          predict any folder of images, no labels needed
+    python evaluate.py --compare A.json B.json                         two results side by side, per class
     python evaluate.py --table runs/streets-0 runs/streets-1           mean and deviation over finished runs
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from datasets import Scenes, class_list, colourise, to_float
+from datasets import Scenes, class_list, colourise, read_image, to_float
 from losses import IGNORE
 from models import build_segmenter
 from runtime import (
-    UserError, VARIANTS, autocast, command_line, environment, get_device, get_precision, load_checkpoint, load_weights,
-    make_folder, make_sheet, refuse_changes, run_main, stage_config, to_uint8, write_json,
+    UserError, VARIANTS, atomic_write, autocast, command_line, environment, get_device, get_precision, load_checkpoint,
+    load_weights, make_folder, make_sheet, refuse_changes, run_main, stage_config, write_json,
 )  # fmt: skip
+
+NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which the papers on SYNTHIA report beside mIoU
+
+# ---------------------------------------------------------------------------------------------------------- metric
 
 
 def confusion_matrix(label: torch.Tensor, prediction: torch.Tensor, classes: int) -> torch.Tensor:
     """label, prediction: integer tensors of one shape -> (classes, classes) int64, row = label, column = prediction.
 
-    Pixels whose label is IGNORE do not count.
+    label: 0 ... classes - 1, or IGNORE for pixels that do not count; prediction: 0 ... classes - 1.
     """
-    counted = label != IGNORE
-    pairs = label[counted].long() * classes + prediction[counted].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    # IGNORE is counted as a row like any other and cut off: cheaper than selecting pixels, and no wait for the device.
+    # Two bytes hold every pair of up to 127 classes, and a pass over them is what this costs.
+    dtype = torch.int16 if classes < 128 else torch.int32
+    pairs = label.to(dtype) * classes + prediction.to(dtype)
+    return torch.bincount(pairs.view(-1), minlength=(IGNORE + 1) * classes).view(-1, classes)[:classes]
 
 
 def iou_from_confusion(confusion) -> np.ndarray:
@@ -43,23 +55,141 @@ def iou_from_confusion(confusion) -> np.ndarray:
     return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
 
 
-@torch.inference_mode()
-def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str) -> torch.Tensor:
-    """Confusion matrix of predict(x: (N, 3, h, w) in [-1, 1]) -> logits (N, C, h, w) over all scenes.
+# ------------------------------------------------------------------------------------------------------ prediction
 
-    The logits are resized bilinearly (align_corners=False) to each label's own size before the argmax.
+
+def load_network(cfg, which: str, classes: dict, device, precision: str):
+    """The trained network: (predict, the checkpoint).
+
+    predict(x: (N, 3, h, w) in [-1, 1]) yields each image's logits (C, h, w), one at a time: up-sampled logits of a batch
+    at 2048x1024 would take gigabytes. Raises UserError for a checkpoint of other classes, config or architecture.
+    """
+    path = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
+    mend = f"train it first: python train_selfens.py CFG selfens.variant={cfg.selfens.variant}"
+    state = load_checkpoint(path, mend)
+    if not {"classes", "teacher", "student"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of train_selfens.py; {mend}")
+    if state["classes"] != list(classes):
+        raise UserError(f"{path}: trained on other classes ({', '.join(state['classes'])}) than the config's "
+                        f"({', '.join(classes)}); use the data sets and 'classes' that it was trained with")
+    refuse_changes(state["config"], stage_config(cfg, ("selfens",)), path)
+    model = build_segmenter(cfg, len(classes)).to(device, memory_format=torch.channels_last).eval()
+    load_weights(model, state[which], path)
+
+    def predict(x):
+        with autocast(device, precision):
+            logits = model(x)
+        for k in range(len(x)):
+            yield model.upsample(logits[k : k + 1], x.shape[-2:])[0]
+
+    return predict, state
+
+
+@torch.inference_mode()
+def predictions(predict, image, indices, batch: int, device, title: str):
+    """Yields (i, logits (C, h, w) float32) for each of the indices.
+
+    image(i): (3, h, w) uint8, read when its batch is due; predict(x: (N, 3, h, w) in [-1, 1]): each image's logits.
+    """
+    for first in tqdm(range(0, len(indices), batch), title, mininterval=1, leave=False):
+        some = indices[first : first + batch]
+        x = to_float(torch.stack([image(i) for i in some]), device)
+        yield from ((i, z.float()) for i, z in zip(some, predict(x), strict=True))
+
+
+def classify(z: torch.Tensor, size) -> torch.Tensor:
+    """z: (C, h, w) logits -> (H, W) uint8 train ids: resized bilinearly (align_corners=False), then the argmax."""
+    if z.shape[-2:] != tuple(size):
+        z = F.interpolate(z[None], tuple(size), mode="bilinear", align_corners=False)[0]
+    return z.argmax(0).byte()
+
+
+def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen=None) -> torch.Tensor:
+    """Confusion matrix (C, C) int64 of `predict` (see predictions) over all scenes, each at its label's own size.
+
+    It is summed on the device image by image. seen(i, prediction (H, W)), where given, is called for each.
     """
     classes = len(scenes.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for first in tqdm(range(0, len(scenes), batch), title, mininterval=1, leave=False):
-        indices = range(first, min(first + batch, len(scenes)))
-        logits = predict(to_float(torch.stack([scenes.image(i) for i in indices]), device)).float()
-        for i, z in zip(indices, logits, strict=True):
-            label = torch.from_numpy(scenes.native_label(i)).to(device)
-            if z.shape[-2:] != label.shape:
-                z = F.interpolate(z[None], label.shape, mode="bilinear", align_corners=False)[0]
-            confusion += confusion_matrix(label, z.argmax(0), classes)
+    for i, z in predictions(predict, scenes.image, range(len(scenes)), batch, device, title):
+        label = torch.from_numpy(scenes.native_label(i)).to(device)
+        prediction = classify(z, label.shape)
+        confusion += confusion_matrix(label, prediction, classes)
+        if seen:
+            seen(i, prediction)
     return confusion.cpu()
+
+
+def output_folder(path: str, data: str | None, option: str) -> Path:
+    """Makes the folder that `option` names, and tries it now, because hours of prediction may come before the first file.
+
+    data: a folder of inputs in which nothing may be written, or None.
+    """
+    folder = Path(path)
+    if data is not None and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise UserError(f"{option} {path}: lies in {data}, whose files it could overwrite; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); set {option} to a folder you may write") from None
+    return folder
+
+
+def save_png(path: Path, picture) -> None:
+    """(H, W) or (H, W, 3) uint8 array, or an image, to a PNG, all or nothing, its folder made."""
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    make_folder(path.parent)
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
+
+
+def label_ids(scenes: Scenes) -> np.ndarray:
+    """(C,) uint8: for each train id the data set's own label id, the smallest where a class is made up of several."""
+    ids = [next(iter(np.flatnonzero(scenes.table == k)), 256) for k in range(len(scenes.classes))]
+    if max(ids) > 255:  # a class that the target's labels never have, or labels that are colours
+        raise UserError(f"--export: {scenes.dataset} has no label id of 8 bits for '{list(scenes.classes)[np.argmax(ids)]}', "
+                        "which may be predicted; choose another class list with 'classes', or use --images")
+    return np.array(ids, np.uint8)
+
+
+def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -> None:
+    """Every PNG and JPEG below `images` -> OUT/train_ids/, OUT/colour/ and OUT/overlay/, under its own path and name."""
+    root = Path(images)
+    if not root.is_dir():
+        raise UserError(f"--images {images}: no such folder")
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    paths = [p for p in files if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if not paths:
+        raise UserError(f"--images {images}: no PNG or JPEG in it")
+    names = {}
+    for path in paths:
+        name = path.relative_to(root).with_suffix(".png")
+        if names.setdefault(name, path) != path:
+            raise UserError(f"{path}: its prediction would be {name}, as that of {names[name]}; rename one of them")
+    kinds = [output_folder(Path(out, kind), images, "--out") for kind in ("train_ids", "colour", "overlay")]
+
+    def image(i):
+        return torch.from_numpy(np.asarray(read_image(str(paths[i])).resize(cfg.target.size[::-1], Image.BILINEAR))
+                                .transpose(2, 0, 1).copy())
+
+    for i, z in predictions(predict, image, range(len(paths)), cfg.eval.batch, device, "predict"):
+        picture = read_image(str(paths[i]))  # again, at its own size: keeping a batch of them would take memory
+        ids = classify(z, picture.size[::-1]).cpu().numpy()
+        colour = colourise(ids, classes)
+        overlay = Image.blend(picture, Image.fromarray(colour), 0.5)
+        for folder, result in zip(kinds, (ids, colour, overlay), strict=True):
+            save_png(folder / paths[i].relative_to(root).with_suffix(".png"), result)
+    other = len(files) - len(paths)
+    print(f"written: {out}/train_ids, colour and overlay of {len(paths)} images"
+          + (f"; {other} files in {images} are neither PNG nor JPEG and were left out" if other else ""))
+    print("train ids: " + ", ".join(f"{k} {name}" for k, name in enumerate(classes)))
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+
+
+def percent(iou: float | None) -> str:
+    return "absent" if iou is None else f"{100 * iou:.2f}"
 
 
 def print_table(result: dict) -> None:
@@ -67,12 +197,43 @@ def print_table(result: dict) -> None:
     print(f"\n{'class':<14}{'IoU %':>8}{'pixels %':>10}")
     rows = np.asarray(result["confusion"]).sum(1)
     for (name, iou), pixels in zip(result["per_class"].items(), rows, strict=True):
-        print(f"{name:<14}{'absent' if iou is None else f'{100 * iou:.2f}':>8}{100 * pixels / max(rows.sum(), 1):>10.2f}")
-    print(f"{'mIoU':<14}{100 * result['miou']:>8.2f}")
+        print(f"{name:<14}{percent(iou):>8}{100 * pixels / max(rows.sum(), 1):>10.2f}")
+    print(f"{'mIoU':<14}{percent(result['miou']):>8}")
+    if "miou13" in result:
+        print(f"{'mIoU*':<14}{percent(result['miou13']):>8}   over 13 classes, without {', '.join(NOT_IN_13)}")
     absent = [name for name, iou in result["per_class"].items() if iou is None]
     if absent:
         print(f"excluded from the mean, in neither label nor prediction: {', '.join(absent)}")
     print(f"protocol: {result['protocol']}\n")
+
+
+def read_result(path) -> dict:
+    """A JSON that main() wrote. Raises UserError for any other file."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a result ({getattr(error, 'strerror', 0) or error})") from None
+    keys = {"miou", "per_class", "classes", "split", "model", "variant", "step", "protocol", "config"}
+    if not isinstance(result, dict) or not keys <= result.keys():
+        raise UserError(f"{path}: not a result of evaluate.py; give the JSON that it writes to RUN/eval/")
+    return result
+
+
+def compare(paths: list[str]) -> None:
+    """Prints two results side by side with the difference. Raises UserError where they do not measure the same."""
+    a, b = map(read_result, paths)
+    for what, one, other in (("classes", a["classes"], b["classes"]), ("split", a["split"], b["split"]),
+                             ("target.dataset", a["config"].get("target.dataset"), b["config"].get("target.dataset"))):
+        if one != other:
+            raise UserError(f"{paths[1]}: {what} is {other}, but {one} in {paths[0]}; compare results of one {what}")
+    print(f"\nA: {paths[0]}\n   {a['protocol']}\nB: {paths[1]}\n   {b['protocol']}\n")
+    print(f"{'IoU %':<14}{'A':>8}{'B':>8}{'B - A':>8}")
+    means = [(name, a[key], b[key]) for name, key in (("mIoU", "miou"), ("mIoU*", "miou13")) if key in a and key in b]
+    for name, x, y in [(name, a["per_class"][name], b["per_class"][name]) for name in a["classes"]] + means:
+        print(f"{name:<14}{percent(x):>8}{percent(y):>8}{'' if None in (x, y) else f'{100 * (y - x):+.2f}':>8}")
+    differ = [name for name in a["classes"] if (a["per_class"][name] is None) != (b["per_class"][name] is None)]
+    if differ:
+        print(f"the means are over different classes: only one of A and B has {', '.join(differ)}")
 
 
 def table(folders: list[str]) -> None:
@@ -83,76 +244,108 @@ def table(folders: list[str]) -> None:
         if not found:
             raise UserError(f"{folder}: no eval/*.json in it; run evaluate.py with its config first")
         for path in found:
-            result = json.loads(path.read_text())
+            result = read_result(path)
             rows.setdefault((result["split"], result["model"], result["variant"]), []).append(result)
             names = names or result["classes"]
             if result["classes"] != names:
                 raise UserError(f"{path}: other classes than in {folders[0]}; tabulate runs of one class list")
+    stars = all("miou13" in result for results in rows.values() for result in results)
     print(f"\nIoU in %, mean ± sample deviation over runs\n{'variant':<16}{'model':<8}{'split':<6}{'runs':>4}{'mIoU':>14}"
-          + "".join(f"{name[:10]:>11}" for name in names))
+          + f"{'mIoU*':>14}" * stars + "".join(f"{name[:10]:>11}" for name in names))
     for key in sorted(rows, key=lambda k: (k[0], k[1], VARIANTS.index(k[2]))):
-        miou = [100 * r["miou"] for r in rows[key]]
-        spread = f"{np.std(miou, ddof=1):.2f}" if len(miou) > 1 else "–"
         cells = []
+        for mean in ("miou", "miou13")[: 1 + stars]:
+            values = [100 * r[mean] for r in rows[key] if r[mean] is not None]
+            spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "–"
+            cells.append(f"{np.mean(values):>8.2f} ±{spread:>5}" if values else f"{'absent':>14}")
         for name in names:
             ious = [r["per_class"][name] for r in rows[key] if r["per_class"][name] is not None]
             cells.append(f"{100 * np.mean(ious):>11.2f}" if ious else f"{'absent':>11}")
-        print(f"{key[2]:<16}{key[1]:<8}{key[0]:<6}{len(miou):>4}{np.mean(miou):>8.2f} ±{spread:>5}" + "".join(cells))
+        print(f"{key[2]:<16}{key[1]:<8}{key[0]:<6}{len(rows[key]):>4}" + "".join(cells))
+
+
+# ------------------------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
     def arguments(parser):
-        parser.add_argument("--split", choices=("val", "train"), default="val", help="target split (default val)")
+        parser.add_argument("--split", choices=("val", "train", "test"), default="val", help="target split (default val)")
         parser.add_argument("--model", choices=("teacher", "student"), default="teacher", help="default teacher")
-        parser.add_argument("--table", nargs="+", metavar="RUN", help="print mean and deviation over these run folders")
+        task = parser.add_mutually_exclusive_group()
+        task.add_argument("--export", metavar="DIR", help="write predictions as label-id PNGs, too; with --split test no "
+                          "labels are read and nothing is measured, because servers keep them")
+        task.add_argument("--images", metavar="DIR", help="predict the PNG and JPEG files in and below DIR instead")
+        task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two results side by side instead")
+        task.add_argument("--table", nargs="+", metavar="RUN", help="print mean and deviation over these run folders instead")
+        parser.add_argument("--out", metavar="DIR", help="where --images writes train-id and colour PNGs and overlays")
 
     cfg, args = command_line(__doc__, ("", "source", "target", "selfens", "eval"), arguments)
     if args.table:
         return table(args.table)
-    folder, variant = Path(cfg.output, cfg.name), cfg.selfens.variant
+    if args.compare:
+        return compare(args.compare)
+    if (args.images is None) != (args.out is None):
+        raise UserError("command line: --images DIR and --out DIR go together")
+    folder, variant, split = Path(cfg.output, cfg.name), cfg.selfens.variant, args.split
     device = get_device(cfg)
     precision = get_precision(cfg, device)
     list_name, classes = class_list(cfg)
-    scenes = Scenes(cfg, "target", args.split, labels=True)
+    predict, state = load_network(cfg, args.model, classes, device, precision)
+    if args.images is not None:
+        return predict_folder(predict, cfg, classes, device, args.images, args.out)
 
-    path = folder / "selfens" / variant / "last.pt"
-    state = load_checkpoint(path, f"train it first: python train_selfens.py CFG selfens.variant={variant}")
-    if state.get("classes") != list(classes):
-        raise UserError(f"{path}: trained on other classes ({state.get('classes')}) than the config's ({list(classes)})")
-    refuse_changes(state["config"], stage_config(cfg, ("selfens",)), path)
-    model = build_segmenter(cfg, len(classes)).to(device, memory_format=torch.channels_last).eval()
-    load_weights(model, state[args.model], path)
+    # The data, and the places for what will be written, before the first prediction.
+    if split == "test" and cfg.target.dataset == "streets":
+        raise UserError("target.dataset=streets: has no test split; use --split val")
+    labels = not (split == "test" and args.export)
+    scenes = Scenes(cfg, "target", split, labels)
+    scenes._room = 0  # every image is read once: keeping them for a second time would only grow
+    export = output_folder(args.export, cfg.target.root, "--export") if args.export else None
+    raw_ids = label_ids(scenes) if export else None
+    if labels:
+        out = output_folder(folder / "eval", None, "'output'") / f"{variant}_{args.model}_{split}.json"
 
-    def predict(x):
-        with autocast(device, precision):
-            return model(x, full_size=True)
+    sizes = {}
 
-    confusion = evaluate_model(predict, scenes, cfg.eval.batch, device, "evaluate")
-    iou = iou_from_confusion(confusion)
+    def seen(i, prediction):
+        sizes.setdefault(tuple(prediction.shape))
+        if export:
+            save_png(export / f"{scenes.samples[i].name}.png", raw_ids[prediction.cpu().numpy()])
+
+    if labels:
+        iou = iou_from_confusion(confusion := evaluate_model(predict, scenes, cfg.eval.batch, device, "evaluate", seen))
+    else:
+        for i, z in predictions(predict, scenes.image, range(len(scenes)), cfg.eval.batch, device, "predict"):
+            seen(i, classify(z, read_image(scenes.samples[i].image).size[::-1]))
+    if export:
+        print(f"written: {len(scenes)} label-id PNGs below {export}")
+    if not labels:
+        return
     if np.isnan(iou).all():
-        raise UserError(f"{cfg.target.root}: no labelled pixel in the {args.split} split; nothing to evaluate")
-    size = scenes.native_label(0).shape
+        raise UserError(f"{cfg.target.root}: no labelled pixel in the {split} split; nothing to evaluate")
+    per_class = {name: None if np.isnan(v) else float(v) for name, v in zip(classes, iou, strict=True)}
+    height, width = next(iter(sizes))
+    own = f"{width}x{height}" + (f", one of {len(sizes)} sizes" if len(sizes) > 1 else "")
     result = {
-        "miou": float(np.nanmean(iou)),
-        "per_class": {name: None if np.isnan(v) else float(v) for name, v in zip(classes, iou, strict=True)},
+        "miou": float(np.nanmean(iou)), "per_class": per_class,
         "confusion": confusion.tolist(), "classes": list(classes), "variant": variant, "model": args.model,
-        "split": args.split, "step": state["step"], "images": len(scenes),
-        "protocol": f"mIoU over {len(classes)} classes ({list_name}), {cfg.target.dataset} {args.split}, {len(scenes)} images, "
+        "split": split, "step": state["step"], "images": len(scenes),
+        "protocol": f"mIoU over {len(classes)} classes ({list_name}), {cfg.target.dataset} {split}, {len(scenes)} images, "
                     f"{args.model} of the last step ({state['step']}), input {scenes.size[1]}x{scenes.size[0]}, logits "
-                    f"up-sampled bilinearly (align_corners=False) to the label's own size ({size[1]}x{size[0]}), "
+                    f"up-sampled bilinearly (align_corners=False) to the label's own size ({own}), "
                     f"label {IGNORE} ignored, one scale, no flip",
         "config": cfg.flat, "environment": environment(cfg, device, precision),
     }  # fmt: skip
-    out = make_folder(folder / "eval") / f"{variant}_{args.model}_{args.split}.json"
+    if list_name == "cityscapes16":
+        starred = [v for name, v in per_class.items() if v is not None and name not in NOT_IN_13]
+        result["miou13"] = float(np.mean(starred)) if starred else None
     write_json(out, result)
 
-    rows = []
-    for i in np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int)):
-        x = to_float(scenes.image(i)[None], device)
-        with torch.inference_mode():
-            prediction = predict(x)[0].argmax(0).cpu()
-        rows.append([to_uint8(x[0]), colourise(scenes.label(i), classes), colourise(prediction, classes)])
-    make_sheet(["target image", "label", f"{variant} {args.model}"], rows).save(out.with_suffix(".png"))
+    shown, rows = [int(i) for i in np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int))], []
+    for i, z in predictions(predict, scenes.image, shown, 1, device, "sheet"):
+        pictures = colourise(scenes.label(i), classes), colourise(classify(z, scenes.size).cpu(), classes)
+        rows.append([scenes.image(i).permute(1, 2, 0).numpy(), *pictures])
+    save_png(out.with_suffix(".png"), make_sheet(["target image", "label", f"{variant} {args.model}"], rows))
     print_table(result)
     print(f"written: {out} and {out.with_suffix('.png')}")
 
