@@ -594,7 +594,7 @@ class Scenes:
         self.role, self.size, self.dataset, self.read = role, tuple(part.size), part.dataset, table.read
         self.class_list, self.classes = class_list(cfg)
         self.samples = list_samples(cfg, role, split, labels)
-        self.table = train_id_table(table, self.class_list)
+        self.table = train_id_table(table, self.class_list) if table.read else None  # a camera without any label
         self._cache, self._room = {}, CACHE_BYTES
         self._check(16)
 
@@ -700,7 +700,8 @@ class Batches(torch.utils.data.Dataset):
         self.source, self.augmented, self.target, self.jitter = source, augmented, target, jitter
         for scenes in (source, target):
             if crop and scenes is not None and (crop[0] > scenes.size[0] or crop[1] > scenes.size[1]):
-                raise UserError(f"{stage}: crop {list(crop)} is larger than the image size {list(scenes.size)}")
+                raise UserError(f"{stage}.crop={list(crop)}: larger than {scenes.role}.size={list(scenes.size)}; lower it, "
+                                "or set it to null for whole images")
 
     def _index(self, domain: str, position: int, n: int) -> int:
         return int(_order(self.seed, self.stage, domain, position // n, n=n)[position % n])

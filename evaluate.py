@@ -145,7 +145,8 @@ def save_png(path: Path, picture) -> None:
 
 def label_ids(scenes: Scenes) -> np.ndarray:
     """(C,) uint8: for each train id the data set's own label id, the smallest where a class is made up of several."""
-    ids = [next(iter(np.flatnonzero(scenes.table == k)), 256) for k in range(len(scenes.classes))]
+    table = np.full(1, -1) if scenes.table is None else scenes.table
+    ids = [next(iter(np.flatnonzero(table == k)), 256) for k in range(len(scenes.classes))]
     if max(ids) > 255:  # a class that the target's labels never have, or labels that are colours
         raise UserError(f"--export: {scenes.dataset} has no label id of 8 bits for '{list(scenes.classes)[np.argmax(ids)]}', "
                         "which may be predicted; choose another class list with 'classes', or use --images")

@@ -600,7 +600,15 @@ class Run:
         self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
 
     def save(self, step: int, path: Path | None = None, **state) -> None:
-        """Writes a checkpoint, all or nothing: `state` with the step, the config and the library versions."""
+        """Writes a checkpoint, all or nothing: `state` with the step, the config and the library versions.
+
+        Raises UserError, and keeps the last checkpoint, where a network's state is not finite.
+        """
+        for part, tensors in state.items():
+            for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
+                if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
+                    raise UserError(f"{self.stage}: {name} of {part} is not finite after step {step}; the last checkpoint in "
+                                    f"{self.folder} is from before it: lower the learning rate, or use precision=float32")
         state |= {"step": step, "config": self.config, "versions": {"torch": str(torch.__version__)}}
         atomic_write(path or self.checkpoint, lambda file: torch.save(state, file))
 

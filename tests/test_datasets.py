@@ -344,7 +344,7 @@ def test_all_stages_run_on_a_tiny_gta5_and_cityscapes(published, tmp_path, stage
     assert not (published / "cityscapes/gtFine/train").exists()
     small = [*pair_items(published, "gta5", "cityscapes"), f"output={tmp_path}", "precision=float32", "fseg.width=0.03",
              "fseg.steps=1", "gan.steps=1", "gan.width=4", "gan.d_width=4", "selfens.width=0.03", "selfens.steps=1",
-             "source.size=[32,48]", "target.size=[32,48]", "gan.d_layers=2"]  # fmt: skip
+             "source.size=[32,48]", "target.size=[32,48]", "fseg.crop=null", "gan.crop=null", "gan.d_layers=2"]  # fmt: skip
     for name in ("datasets", "train_gan", "augment", "train_selfens", "evaluate"):
         stage(name, REPO / "cfg.yaml", *small)
     assert "19 classes" in capsys.readouterr().out
@@ -500,7 +500,8 @@ def test_a_camera_without_any_label_trains(tmp_path, stage):
     tree |= {"output": str(tmp_path / "out"), "precision": "float32"}
     tree["target"] = {"dataset": "folder", "root": tree["target"]["root"], "files": {"train": "2026-*/*.jpg"}, "size": [32, 48]}
     tree["source"]["size"] = [32, 48]
-    tree |= {"fseg": {"width": 0.03, "steps": 1}, "gan": {"steps": 1, "width": 4, "d_width": 4, "d_layers": 2},
+    tree |= {"fseg": {"width": 0.03, "steps": 1, "crop": None},
+             "gan": {"steps": 1, "width": 4, "d_width": 4, "d_layers": 2, "crop": None},
              "selfens": {"width": 0.03, "steps": 1}}  # fmt: skip
     load_tree(tmp_path, tree)
     for name in ("datasets", "train_gan", "augment", "train_selfens"):
@@ -736,6 +737,8 @@ def test_an_error_in_a_reading_process_stays_one_line(tmp_path, workers):
 
 class Planted:
     """Scenes whose pixels say where they come from: channels are (index, row, column), the label is 16 * row + column."""
+
+    role = "source"
 
     def __init__(self, count, size=(12, 16), offset=0):
         self.size, self.count, self.offset = size, count, offset

@@ -28,12 +28,13 @@ from runtime import VARIANTS, UserError, load_checkpoint, run_main, weights_dige
 
 SIZE = [32, 48]
 TINY = {
-    "name": "run", "device": "cpu", "precision": "auto", "log_every": 1, "sheet_every": 4, "save_every": 2,
+    "name": "run", "device": "cpu", "precision": "float32", "log_every": 1, "sheet_every": 4, "save_every": 2,
     "source": {"dataset": "carla", "size": SIZE, "images": 12}, "target": {"dataset": "camvid", "size": SIZE, "images": 10},
-    "fseg": {"width": 0.03, "steps": 4, "batch": 2},
+    "fseg": {"width": 0.03, "steps": 4, "batch": 2, "crop": None},
     "gan": {"steps": 4, "warmup_steps": 1, "batch": 2, "width": 4, "style_dim": 4, "mlp_dim": 8, "res_blocks": 1, "d_width": 4,
-            "d_layers": 2},
-    "augment": {"batch": 5}, "selfens": {"width": 0.03, "steps": 4, "batch": 2, "aspp_rates": [1, 2]}, "eval": {"batch": 3},
+            "d_layers": 2, "crop": None, "lambda_sem": 5.0},
+    "augment": {"batch": 5, "styles_per_image": 1}, "eval": {"batch": 3},
+    "selfens": {"width": 0.03, "steps": 4, "batch": 2, "aspp_rates": [1, 2], "delta_con": 10.0, "ramp_up": 0.4},
 }  # fmt: skip
 STAGES = ("train_gan", "augment", "train_selfens", "evaluate")
 VOLATILE = ("events", "run-", "config.yaml")  # say when and by whom, and are written at every start
@@ -506,7 +507,7 @@ def test_a_diverged_run_leaves_a_usable_checkpoint(stage, pipeline):
 def test_streets_need_no_data_and_run_through_all_stages(stage, tmp_path, monkeypatch):
     """The built-in job is what everybody runs first: four stages from nothing, with crops and two styles."""
     monkeypatch.setattr(datasets, "STREETS_VAL", 4)
-    config = write_config(tmp_path, source={"size": SIZE, "images": 6}, target={"size": SIZE, "images": 5},
+    config = write_config(tmp_path, source={"size": SIZE, "images": 6}, target={"size": SIZE, "images": 5}, precision="auto",
                           fseg__crop=[24, 32], gan__crop=[24, 32], selfens__crop=[16, 40], augment__styles_per_image=2)
     for name in STAGES:
         stage(name, config)
