@@ -86,7 +86,7 @@ def digests(folder: Path, *skip: str) -> dict:
 
 def shell(*words, cwd=REPO) -> subprocess.CompletedProcess:
     """A stage through the real command line: shell("evaluate.py", "CFG", "key=value")."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture
