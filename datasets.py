@@ -585,17 +585,18 @@ CACHE_BYTES = 2 << 30  # resized images that one data set keeps, over all of its
 class Scenes:
     """The images of one domain and split, resized, with labels as train ids where asked for.
 
-    role: "source" or "target"; split: "train" or "val"; labels: without it no label file is looked for or opened.
+    role: "source" or "target"; split: "train" or "val"; labels: without it no label file is looked for or opened;
+    cache: keep resized images for a second reading.
     At the start every file's header is read, and a few files whole, so that what is wrong stops before training.
     """
 
-    def __init__(self, cfg, role: str, split: str, labels: bool):
+    def __init__(self, cfg, role: str, split: str, labels: bool, cache: bool = True):
         part, table = getattr(cfg, role), get_table(cfg, role)
         self.role, self.size, self.dataset, self.read = role, tuple(part.size), part.dataset, table.read
         self.class_list, self.classes = class_list(cfg)
         self.samples = list_samples(cfg, role, split, labels)
         self.table = train_id_table(table, self.class_list) if table.read else None  # a camera without any label
-        self._cache, self._room = {}, CACHE_BYTES
+        self._cache, self._room = {}, CACHE_BYTES if cache else 0
         self._check(16)
 
     def _check(self, count: int) -> None:

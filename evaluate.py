@@ -299,8 +299,7 @@ def main() -> None:
     if split == "test" and cfg.target.dataset == "streets":
         raise UserError("target.dataset=streets: has no test split; use --split val")
     labels = not (split == "test" and args.export)
-    scenes = Scenes(cfg, "target", split, labels)
-    scenes._room = 0  # every image is read once: keeping them for a second time would only grow
+    scenes = Scenes(cfg, "target", split, labels, cache=False)  # every image is read once: keeping them would only grow
     export = output_folder(args.export, cfg.target.root, "--export") if args.export else None
     raw_ids = label_ids(scenes) if export else None
     if labels:

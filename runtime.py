@@ -404,11 +404,6 @@ def linear_lr(optimiser, lr: float, step: int, steps: int) -> None:
 # ------------------------------------------------------------------------------------------------------ run folder
 
 
-def digest(obj) -> str:
-    """Short digest of any JSON-able object."""
-    return hashlib.sha256(json.dumps(obj, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def weights_digest(state: dict) -> str:
     """Short SHA-256 of a state dict's names and values, whatever file they were stored in."""
     sha = hashlib.sha256()
