@@ -1,8 +1,9 @@
 """Stage 2: repaints every source image with the trained generator, each with a randomly drawn target image as guide.
 
 Reads OUTPUT/NAME/gan/last.pt, the source's images and the target's images; writes OUTPUT/NAME/augmented/styleK/NAME.png
-under the source image's name, and augmented/manifest.jsonl with one line per image: file, source image, label (the
-source's own), style guide, generator digest, seed. Run again, it makes what is missing and nothing else.
+under the source image's name, and augmented/manifest.jsonl with one line per image: file, names of the
+source image (whose label is its label, too) and of the style guide, generator digest, seed. Run again, it makes what
+is missing and nothing else.
 
     python augment.py
     python augment.py configs/carla_camvid.yaml augment.styles_per_image=2
@@ -16,12 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Augmented, Scenes, to_float
+from datasets import Augmented, Scenes, read_image, to_float
 from models import build_generator
 from runtime import (
-    Run, UserError, atomic_write, autocast, command_line, get_device, get_precision, load_checkpoint, load_weights,
-    make_folder, make_sheet, random_generator, refuse_changes, run_main, set_aside, stage_config,
-    to_uint8, weights_digest, write_json,
+    Run, UserError, atomic_write, autocast, command_line, load_checkpoint, load_weights, make_folder, make_sheet,
+    random_generator, refuse_changes, refuse_data, run_main, stage_config, to_uint8, weights_digest, write_json, writing,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
@@ -35,17 +35,31 @@ def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
 def open_augmented(cfg, source: Scenes) -> Augmented:
     """The finished augmented images, for stage 3. Raises UserError where they are missing, incomplete or of another config."""
     folder = Path(cfg.output, cfg.name, "augmented")
-    try:
-        identity = json.loads((folder / "identity.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: no augmented images; run python augment.py with this config first") from None
+    identity = read_identity(folder / "identity.json")
+    if identity is None:
+        raise UserError(f"{folder}: no augmented images; run python augment.py with this config first")
     refuse_changes(identity["config"], stage_config(cfg, SECTIONS), folder)
+    refuse_data(identity["data"], {"source train": source.digest}, folder)
     files = planned_files(folder, source, cfg.augment.styles_per_image)
     done = read_manifest(folder, identity["generator"])
     missing = [file for file in files if file.relative_to(folder).as_posix() not in done or not file.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: augmented image missing ({len(missing)} of {len(files)}); run augment.py again")
-    return Augmented(source, files)
+    return Augmented(source, files, identity["generator"])
+
+
+def read_identity(path: Path) -> dict | None:
+    """What the images in a folder depend on: {generator, config, data}; None where there is no such file."""
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 0) or error}); use augment.py --restart") \
+            from None
+    if not isinstance(identity, dict) or [type(identity.get(k)) for k in ("generator", "config", "data")] != [str, dict, dict]:
+        raise UserError(f"{path}: not written by augment.py; use augment.py --restart")
+    return identity
 
 
 def read_manifest(folder: Path, generator: str) -> dict:
@@ -70,25 +84,25 @@ def main() -> None:
     cfg, args = command_line(__doc__, (*SECTIONS, "gan"), arguments)
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
     checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
-    state = load_checkpoint(checkpoint, "train it first: python train_gan.py with this config")
-    if state["step"] < state["config"]["gan.steps"]:
-        raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {state['config']['gan.steps']}; "
-                        "run train_gan.py again, it continues")
+    state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
+    data = {"source train": source.digest, "target train": target.digest}
     refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
+    refuse_data(state.get("data"), data, checkpoint)
+    if state["step"] < cfg.gan.steps:
+        raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py again, "
+                        "it continues")
     G = build_generator(cfg)
     load_weights(G, state["G"], checkpoint)
     generator = weights_digest(state["G"])
 
-    # Images of another generator or config must not mix with this one's.
+    # Images of another generator, config or other data must not mix with this one's.
     folder = Path(cfg.output, cfg.name, "augmented")
-    if args.restart:
-        set_aside(folder)
-    precision = get_precision(cfg, get_device(cfg))
-    identity = {"generator": generator, "config": stage_config(cfg, SECTIONS) | {"precision": precision}}
+    run = Run(cfg, "augment", folder, SECTIONS, restart=args.restart)
     identity_file = folder / "identity.json"
-    if identity_file.exists():
-        then = json.loads(identity_file.read_text())
-        refuse_changes(then["config"] | {"generator": then["generator"]}, identity["config"] | {"generator": generator}, folder)
+    identity = {"generator": generator, "config": run.config, "data": data}
+    if then := read_identity(identity_file):
+        refuse_changes(then["config"] | {"generator": then["generator"]}, run.config | {"generator": generator}, folder)
+        refuse_data(then["data"], data, folder)
     files = planned_files(folder, source, cfg.augment.styles_per_image)
     foreign = {*folder.glob("style*/**/*.png")} - {*files}
     if foreign:
@@ -98,12 +112,15 @@ def main() -> None:
     # the same whether the run was interrupted or not.
     done = read_manifest(folder, generator)
     size, n = cfg.augment.batch, len(source)
-    todo = [b for b in range(-(-len(files) // size))
-            if any(f.relative_to(folder).as_posix() not in done or not f.is_file() for f in files[b * size : (b + 1) * size])]
-    if not todo:
+    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
+    todo = [b for b, some in enumerate(batches, 1)
+            if any(files[i].relative_to(folder).as_posix() not in done or not files[i].is_file() for i in some)]
+    guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in range(len(files))]
+    sheet_file = folder / "sheets" / f"augmented-{len(batches):07d}.png"
+    if not todo and sheet_file.exists():
         print(f"augment: {len(files)} images are there, made by generator {generator}; nothing to do")
         return
-    run = Run(cfg, "augment", folder, SECTIONS, redo={b + 1 for b in todo})
+    make_folder(folder)
     write_json(identity_file, identity)
     # A line that was torn when the disk filled up or the power went must not swallow the next one.
     lines = "".join(json.dumps(line) + "\n" for line in done.values())
@@ -115,27 +132,26 @@ def main() -> None:
         make_folder(file.parent)
         atomic_write(file, lambda out: Image.fromarray(image).save(out, "PNG"))
 
-    sheet = []
-    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest, ThreadPoolExecutor() as pool:
-        for _, b in run.progress(todo, len(todo), "augment", start=0):
-            indices = range(b * size, min((b + 1) * size, len(files)))
-            guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in indices]
-            x_s = to_float(torch.stack([source.image(i % n) for i in indices]), run.device)
-            x_t = to_float(torch.stack([target.image(j) for j in guides]), run.device)
+    with ThreadPoolExecutor() as pool:
+        for _, b in run.progress(todo, len(todo), "augment", redo={*todo}):
+            some = batches[b - 1]
+            x_s = to_float(torch.stack([source.image(i % n) for i in some]), run.device)
+            x_t = to_float(torch.stack([target.image(guides[i]) for i in some]), run.device)
             with torch.inference_mode(), autocast(run.device, run.precision):
                 x_g = [to_uint8(x) for x in G(x_s, x_t)]
-            list(pool.map(write, [files[i] for i in indices], x_g))  # PNG compression leaves the interpreter lock
-            for i, j in zip(indices, guides, strict=True):
-                name = files[i].relative_to(folder).as_posix()
-                if name not in done:
-                    print(json.dumps({
-                        "file": name, "source": source.samples[i % n].image, "label": source.samples[i % n].label,
-                        "style": target.samples[j].image, "generator": generator, "seed": cfg.seed,
-                    }), file=manifest, flush=True)  # fmt: skip
-            if len(sheet) < 6:
-                sheet.append([to_uint8(x_s[0]), x_g[0], to_uint8(x_t[0])])
-            run.log(b + 1, images=len(indices), mean=np.mean(x_g) / 127.5 - 1)
-    run.sheet(todo[-1] + 1, "augmented", make_sheet(["source", "augmented", "style guide"], sheet))
+            list(pool.map(write, [files[i] for i in some], x_g))  # PNG compression leaves the interpreter lock
+            run.log(b, images=len(some), mean=np.mean(x_g) / 127.5 - 1)
+            # The manifest comes last: what it lists is there and logged.
+            lines = [json.dumps({
+                "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
+                "generator": generator, "seed": cfg.seed,
+            }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
+            with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+                manifest.write("".join(lines))
+
+    rows = [[source.image(i % n).permute(1, 2, 0).numpy(), np.asarray(read_image(str(files[i]))),
+             target.image(guides[i]).permute(1, 2, 0).numpy()] for i in range(0, min(len(files), 6 * size), size)]
+    run.sheet(len(batches), "augmented", make_sheet(["source", "augmented", "style guide"], rows))
     run.close()
     print(f"augment: {folder} is complete; next: python train_selfens.py {' '.join(args.items)}".rstrip())
 

@@ -14,13 +14,14 @@ training reads: the target's training labels are looked at for selfens.variant=t
 """
 
 import difflib
+import hashlib
 import json
 import os
 import re
 import struct
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -609,6 +610,14 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @cached_property
+    def digest(self) -> str:
+        """Number of samples, and a SHA-256 of their names and file sizes: what a resumed run must find again."""
+        sizes = [[None if p is None or p.startswith("streets:") else os.path.getsize(p) for p in (s.image, s.label)]
+                 for s in self.samples]
+        listed = json.dumps([[s.name, *size] for s, size in zip(self.samples, sizes, strict=True)])
+        return f"{len(self)} samples {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+
     def _cached(self, key, make) -> Tensor:
         value = self._cache.get(key)
         if value is None:
@@ -644,11 +653,12 @@ class Scenes:
 
 class Augmented(Scenes):
     """The generated images of a manifest: image s * n + i is source image i in its s-th style. They have no labels of
-    their own; the source's label i is theirs."""
+    their own; the source's label i is theirs. generator: digest of the weights that made them."""
 
-    def __init__(self, source: Scenes, files: list[Path]):
+    def __init__(self, source: Scenes, files: list[Path], generator: str):
         self.role, self.size, self.read, self.table, self._cache, self._room = None, source.size, None, None, {}, CACHE_BYTES
         self.samples = [Sample(p.stem, str(p), None) for p in files]
+        self.digest = f"{len(files)} samples of generator {generator}"
         self._check(16)
 
 
@@ -748,6 +758,11 @@ class Batches(torch.utils.data.Dataset):
             yield from loader
         except UserError as error:  # one that comes from a worker has the worker's traceback around its line
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"{self.stage}: a process that reads images died, out of memory perhaps "
+                            f"({str(error).splitlines()[0]}); lower 'workers'") from None
 
 
 def to_float(x: Tensor, device) -> Tensor:

@@ -6,15 +6,22 @@ key or the file and the mend, exit status 2, no traceback.
 
 import argparse
 import difflib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +129,8 @@ class Key:
         return value
 
 
+SCHEDULES = ("poly", "linear", "constant")
+SCHEDULE = "poly: (1 - step/steps)^0.9, linear: from half of the steps to 0, constant: steps may be raised later"
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 
 # The default is the built-in job: streets, small enough for 2 CPU cores. Where the paper's own value is not known the
@@ -167,7 +176,8 @@ KEYS = {
     "fseg.dropout": Key(0.5, "float", "dropout probability after fc6 and fc7", 0, 0.99),
     "fseg.steps": Key(800, "int", "training steps of f_seg", 0),
     "fseg.batch": Key(16, "int", "source images per step", 1),
-    "fseg.lr": Key(1e-3, "float", "Adam learning rate, falls to 0 as (1 - step/steps)^0.9", 0),
+    "fseg.lr": Key(1e-3, "float", "Adam learning rate", 0),
+    "fseg.schedule": Key("poly", "choice", "of the learning rate; " + SCHEDULE, choices=SCHEDULES),
     "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
 
@@ -176,8 +186,9 @@ KEYS = {
     "gan.batch": Key(4, "int", "source and target images per step", 1),
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
-    "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G; constant for half of the steps, then linearly to 0", 0),
-    "gan.lr_d": Key(1e-3, "float", "Adam learning rate of D; likewise", 0),
+    "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G", 0),
+    "gan.lr_d": Key(1e-3, "float", "Adam learning rate of D", 0),
+    "gan.schedule": Key("linear", "choice", "of both learning rates, as in fseg.schedule", choices=SCHEDULES),
     "gan.weight_decay": Key(1e-4, "float", "L2 weight decay of both optimisers", 0),
     "gan.width": Key(16, "int", "channels of G's first layer (MUNIT: 64)", 1),
     "gan.style_dim": Key(8, "int", "length of the style vector", 1),
@@ -200,7 +211,8 @@ KEYS = {
     "selfens.steps": Key(600, "int", "student updates", 0),
     "selfens.batch": Key(4, "int", "images per domain and step", 1),
     "selfens.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
-    "selfens.lr": Key(1e-3, "float", "Adam learning rate, falls to 0 as (1 - step/steps)^0.9", 0),
+    "selfens.lr": Key(1e-3, "float", "Adam learning rate", 0),
+    "selfens.schedule": Key("poly", "choice", "of the learning rate, as in fseg.schedule", choices=SCHEDULES),
     "selfens.weight_decay": Key(1e-4, "float", "L2 weight decay", 0),
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
     "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
@@ -209,8 +221,17 @@ KEYS = {
 
     "eval.batch": Key(8, "int", "images predicted at a time", 1),
 }
-# Keys that cannot change what a run computes; a resumed run may change them, every other one is refused.
-FREE_KEYS = ("name", "output", "device", "workers", "log_every", "sheet_every", "save_every", "eval.batch")
+# Keys that cannot change what a run computes; a resumed run may change them. (Of the roots, the checkpoint keeps a digest
+# of what lies there: data may move to a faster disk.)
+FREE_KEYS = ("name", "output", "device", "workers", "log_every", "sheet_every", "save_every", "eval.batch",
+             "source.root", "target.root")  # fmt: skip
+# Keys that a resumed run may raise, where the steps so far did not depend on them. Every other key is refused.
+GROWING_KEYS = {
+    "fseg.steps": lambda c: c["fseg.schedule"] == "constant",
+    "gan.steps": lambda c: c["gan.schedule"] == "constant",
+    "selfens.steps": lambda c: c["selfens.schedule"] == "constant"
+    and (c["selfens.ramp_up"] == 0 or c["selfens.variant"] not in ("self_ensembling", "tgcf_da_se")),
+}
 
 
 def describe(flat: dict) -> str:
@@ -340,12 +361,24 @@ def command_line(doc: str, sections: tuple, add_arguments=None, argv=None):
 
 
 def run_main(main) -> None:
-    """Runs a stage: a UserError becomes one line on standard error and exit status 2."""
+    """Runs a stage: a UserError becomes one line on standard error and exit status 2; see Run on SIGTERM and SIGINT."""
+    SIGNALS.install()
+    # TensorBoard writes in a thread of its own; what stops it there is raised again, and told, here.
+    threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else threading.__excepthook__(args)
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        line = str(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        line = f"out of memory ({str(error).splitlines()[0] if str(error) else 'CPU'}); lower the stage's batch, crop or size"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        line = f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again"
+    else:
+        return
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 # ------------------------------------------------------------------------------------------- device and randomness
@@ -389,16 +422,16 @@ def seed_torch(*key) -> None:
     torch.manual_seed(key_seed(*key))
 
 
-def poly_lr(optimiser, lr: float, step: int, steps: int) -> None:
-    """Sets the learning rate of step 1 ... steps to lr * (1 - (step - 1)/steps)^0.9, DeepLab's "poly" schedule."""
-    for group in optimiser.param_groups:
-        group["lr"] = lr * (1 - (step - 1) / steps) ** 0.9
+def set_lr(optimiser, lr: float, schedule: str, step: int, steps: int) -> None:
+    """Sets the learning rate of step 1 ... steps.
 
-
-def linear_lr(optimiser, lr: float, step: int, steps: int) -> None:
-    """Sets the learning rate of step 1 ... steps: constant for the first half, then linearly to 0 (as pix2pixHD's)."""
+    poly: lr * (1 - (step - 1)/steps)^0.9 (DeepLab); linear: constant for the first half, then linearly to 0
+    (pix2pixHD); constant: lr.
+    """
+    left = 1 - (step - 1) / steps
+    factor = {"poly": left**0.9, "linear": min(1, 2 * left), "constant": 1.0}[schedule]
     for group in optimiser.param_groups:
-        group["lr"] = lr * min(1, 2 * (1 - (step - 1) / steps))
+        group["lr"] = lr * factor
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -412,18 +445,40 @@ def weights_digest(state: dict) -> str:
     return sha.hexdigest()[:16]
 
 
-def atomic_write(path: Path, write) -> None:
-    """Calls write(file) on a temporary file beside `path`, flushes it to disk and renames it: all or nothing."""
+@contextmanager
+def writing(path):
+    """Whatever stops a file from being written (a full disk, most often) becomes a UserError that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save wraps an OSError in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(cause, "strerror", None) or "the file system took only a part of it"
+        raise UserError(f"{path}: cannot be written ({reason}); mend that and run the same command again") from None
+
+
+def atomic_write(path: Path, write, keep: Path | None = None) -> None:
+    """Calls write(file) on a temporary file beside `path`, flushes it to disk and renames it: all or nothing.
+
+    keep: the name that the file which is there now gets; by default it is replaced.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        with writing(path):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, keep)
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, survives a power cut
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -443,33 +498,64 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def load_checkpoint(path, mend: str) -> dict:
+class TornFile(UserError):
+    """A checkpoint that is incomplete or whose checksums do not hold."""
+
+
+def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
     """Loads a checkpoint onto the CPU, tensors and plain values only (no code in it is run).
 
-    mend: what to do where the file is missing, for the error message.
+    mend: what to do where it cannot be used, for the error message; parts: the state dicts that it must hold.
+    Raises UserError for a missing or foreign file, TornFile for a damaged one.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
+        # torch writes a zip archive with a CRC-32 of every record and reads it without looking at them.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, struct.error, zlib.error):
+        raise TornFile(f"{path}: torn or damaged (a checksum does not hold, or it is no checkpoint at all); {mend}") from None
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
+    except Exception as error:  # torch raises half a dozen types for what it refuses
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
-    if not isinstance(state, dict) or not {"step", "config"} <= state.keys():
+    if not isinstance(state, dict) or type(state.get("step")) is not int or not isinstance(state.get("config"), dict):
         raise UserError(f"{path}: not a checkpoint of this project; {mend}")
+    for part in parts:
+        if not isinstance(state.get(part), dict):
+            raise UserError(f"{path}: no '{part}' in it; {mend}")
     return state
 
 
-def load_weights(module: torch.nn.Module, state: dict, where) -> None:
+def load_weights(module: torch.nn.Module, state, where) -> None:
     """load_state_dict that names the file and the first difference instead of printing all of them."""
-    own = module.state_dict()
-    for key in sorted(set(own) | set(state)):
+    own, state = module.state_dict(), state if isinstance(state, dict) else {}
+    for key in sorted({*own} | {*state}, key=str):
         if key not in state or key not in own:
             raise UserError(f"{where}: made for another architecture: '{key}' is only in the "
                             f"{'model' if key in own else 'file'}; use the config it was trained with")
-        if own[key].shape != state[key].shape:
-            raise UserError(f"{where}: made for another architecture: '{key}' is {list(state[key].shape)} in the file, "
+        theirs = list(state[key].shape) if isinstance(state[key], torch.Tensor) else type(state[key]).__name__
+        if list(own[key].shape) != theirs:
+            raise UserError(f"{where}: made for another architecture: '{key}' is {theirs} in the file, "
                             f"{list(own[key].shape)} in the model; use the config it was trained with")
     module.load_state_dict(state)
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, state, where) -> None:
+    """load_state_dict that names the file where the state is not this optimiser's."""
+    try:
+        optimiser.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: made for another architecture: its optimiser has other parameters; use the config it was "
+                        "trained with") from None
+
+
+def versions() -> dict:
+    """The libraries that a result's last bits depend on."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "pillow": PIL.__version__}
 
 
 def environment(cfg, device, precision) -> dict:
@@ -487,11 +573,7 @@ def environment(cfg, device, precision) -> dict:
         "command": sys.argv,
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
+        **versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "precision": precision,
     }
@@ -513,104 +595,269 @@ def stage_config(cfg, sections: tuple) -> dict:
     return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in (*FREE_KEYS, "precision")}
 
 
-def refuse_changes(then: dict, now: dict, where) -> None:
-    """Raises UserError with the keys of `now` whose values differ from `then`, the config that `where` was made with."""
-    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
+def refuse_changes(then: dict, now: dict, where, stage: str | None = None) -> None:
+    """Raises UserError with the keys of `now` whose values differ from `then`, the config that `where` was made with.
+
+    stage: the stage that continues; it may raise the keys in GROWING_KEYS that are its own.
+    """
+    def grows(key, old, new):
+        return (key.startswith(f"{stage}.") and key in GROWING_KEYS and GROWING_KEYS[key](now)
+                and type(old) is type(new) is int and new > old)
+
+    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items())
+               if then.get(k) != v and not grows(k, then.get(k), v)]
     if changed:
         raise UserError(f"{where}: made with another config: {', '.join(changed)}; put the values back, choose another "
                         "'name', or use --restart where it was made")
 
 
+def refuse_data(then, now: dict, where) -> None:
+    """Raises UserError where the data lists' digests (see datasets.Scenes) differ from those that `where` was made with."""
+    for name, digest in now.items():
+        if not isinstance(then, dict) or then.get(name) != digest:
+            old = then.get(name) if isinstance(then, dict) else None
+            raise UserError(f"{where}: made with other data: {name} was {old}, is {digest} now; put the files back, choose "
+                            "another 'name', or use --restart where it was made")
+
+
+def lock_folder(folder: Path) -> None:
+    """Keeps other processes out of `folder` until this one ends, in whatever way. Raises UserError if one is in it.
+
+    A POSIX lock, which dies with its process and which data-loader workers do not inherit (flock's they would, and
+    would hold it after a crash of their parent). The lock file stands beside the folder, so that --restart may move it.
+    """
+    path = make_folder(folder.parent) / f".{folder.name}.lock"
+    with writing(path):
+        file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(100).strip()
+        file.close()
+        raise UserError(f"{folder}: in use by another process ({holder or 'unknown'}); wait for it, or choose another 'name'") \
+            from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked ({error.strerror}); set 'output' to a file system that can") from None
+    with writing(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+    _locks[path] = file  # an open file is what holds the lock
+
+
+_locks = {}
+
+
+class _Signals:
+    """What SIGTERM and SIGINT do: in a training loop they are kept until the step is done, elsewhere they end the process."""
+
+    looping, received = False, None
+
+    def install(self) -> None:
+        """Takes the two signals; a second one ends the process at once, with the conventional status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, _frame) -> None:
+        if not self.looping or self.received:
+            raise SystemExit(128 + number)
+        self.received = number
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())  # print is not re-entrant
+
+
+SIGNALS = _Signals()
+
+
+def _number(value) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
 class Run:
-    """One stage's folder: effective config, environment, JSON Lines log, TensorBoard events, sheets, checkpoint.
+    """One stage's folder: effective config, environment, JSON Lines log, TensorBoard events, sheets, checkpoints.
 
     cfg: the config; stage: name for seeds and messages; folder: OUTPUT/NAME/...; sections: config sections on which
-    this stage's result depends ("" is the top level). A folder that holds another config's run is refused.
-    redo: steps that will be computed again, whose lines leave the log; by default those after the checkpoint.
+    this stage's result depends ("" is the top level); data: {name: digest} of what it reads. A folder that holds a run
+    of another config or other data is refused, and so is one that another process works in. Nothing but the lock is
+    written before `progress`.
+
+    The state of a run is its checkpoint alone: random draws are a function of (seed, stage, step), learning rates of
+    (step, steps), and the log is cut back to the checkpoint. So a run that continues ends with the same bits.
     """
 
-    def __init__(self, cfg, stage: str, folder: Path, sections: tuple, restart: bool = False, redo: set | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and `--help` should not wait for it
-
+    def __init__(self, cfg, stage: str, folder: Path, sections: tuple, data: dict | None = None, restart: bool = False):
         self.cfg, self.stage, self.folder = cfg, stage, folder
         self.device = get_device(cfg)
         self.precision = get_precision(cfg, self.device)
-        self.config = stage_config(cfg, sections) | {"precision": self.precision}
+        self.config, self.data = stage_config(cfg, sections) | {"precision": self.precision}, data or {}
+        lock_folder(folder)
         if restart:
             set_aside(folder)
-        make_folder(folder)
-        self.checkpoint = folder / "last.pt"
-        self.state = load_checkpoint(self.checkpoint, f"remove it or use --restart to train {stage} anew") \
-            if self.checkpoint.exists() else None
+        self.checkpoint, self.torn = folder / "last.pt", None
+        self.state = self._load()
         if self.state:
-            refuse_changes(self.state["config"], self.config, self.checkpoint)
-        self.start = self.state["step"] if self.state else 0
-        atomic_write(folder / "config.yaml", lambda file: file.write(describe(cfg.flat).encode()))
-        here = environment(cfg, self.device, self.precision)
-        write_json(folder / f"run-{self.start:07d}.json", here)
-        self._log_path = folder / "log.jsonl"
-        kept = []
-        if self._log_path.exists():  # lines after the checkpoint will be computed, and written, again
-            lines = self._log_path.read_text(encoding="utf-8").splitlines()
-            steps = {line: json.loads(line)["step"] for line in lines if line.endswith("}")}
-            kept = [line for line, step in steps.items() if (step <= self.start if redo is None else step not in redo)]
-        atomic_write(self._log_path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-        self._log = open(self._log_path, "a", encoding="utf-8")
-        self.events = SummaryWriter(folder, purge_step=self.start + 1 if self.state else None)
-        print(f"{stage}: {folder} · {here['device']} · {self.precision} · torch {here['torch']} · "
+            refuse_changes(self.state["config"], self.config, self.checkpoint, stage)
+            refuse_data(self.state.get("data"), self.data, self.checkpoint)
+            then, now = self.state.get("versions"), versions()
+            changed = [f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v] \
+                if isinstance(then, dict) else []
+            if changed:
+                print(f"warning: {self.checkpoint}: made with other libraries ({', '.join(changed)}); the last bits may "
+                      "differ from those of a run that never stopped", file=sys.stderr)
+        self.start = self.saved = self.state["step"] if self.state else 0
+        self._log = self.events = None
+
+    def _load(self) -> dict | None:
+        """The last checkpoint, or the one before it where the last is torn."""
+        mend, before = f"use --restart to train {self.stage} anew", self.folder / "previous.pt"
+        if not self.checkpoint.exists() and not before.exists():
+            return None
+        try:
+            return load_checkpoint(self.checkpoint, mend)
+        except UserError as error:
+            if not before.exists() or not (isinstance(error, TornFile) or not self.checkpoint.exists()):
+                raise
+            state = load_checkpoint(before, mend)
+            self.torn = self.checkpoint if self.checkpoint.exists() else None
+            print(f"warning: {self.checkpoint}: {'torn or damaged' if self.torn else 'missing'}; continues from {before}, "
+                  f"step {state['step']}", file=sys.stderr)
+            return state
+
+    def finished(self, steps: int) -> bool:
+        """Whether the checkpoint is the last step's; says so."""
+        if self.state is None or self.start < steps:
+            return False
+        print(f"{self.stage}: {self.folder} is finished, at step {self.start}; nothing to do")
+        return True
+
+    def _begin(self, redo: set | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and `--help` should not wait for it
+
+        make_folder(self.folder)
+        for left in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        if self.torn:
+            self.torn.replace(self.torn.with_suffix(".torn"))
+        atomic_write(self.folder / "config.yaml", lambda file: file.write(describe(self.cfg.flat).encode()))
+        here = environment(self.cfg, self.device, self.precision)
+        write_json(self.folder / f"run-{self.start:07d}.json", here)
+        self._log_path, kept = self.folder / "log.jsonl", {}
+        # Lines after the checkpoint will be computed, and written, again.
+        for line in self._log_path.read_text(encoding="utf-8").splitlines() if self._log_path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):  # a line that was torn is one of those
+                step = json.loads(line)["step"]
+                if step <= self.start if redo is None else step not in redo:
+                    kept[step] = line
+        atomic_write(self._log_path, lambda file: file.write("".join(line + "\n" for line in kept.values()).encode()))
+        with writing(self._log_path):
+            self._log = open(self._log_path, "a", encoding="utf-8")
+            self.events = SummaryWriter(self.folder, purge_step=self.start + 1 if self.state else None)
+        print(f"{self.stage}: {self.folder} · {here['device']} · {self.precision} · torch {here['torch']} · "
               f"commit {(here['commit'] or 'none')[:10]}{' + changes' if here['dirty'] else ''}"
               + (f" · continues at step {self.start}" if self.start else ""))
 
-    def progress(self, loader, total: int, title: str, start: int | None = None):
-        """Iterates over (step, batch), step counted from 1, with a progress bar that estimates the time left."""
-        start = self.start if start is None else start
+    def progress(self, batches, total: int, title: str, state=None, redo: set | None = None):
+        """Iterates over (step, batch), step counted from 1, with a progress bar that estimates the time left.
+
+        state: a function that returns what a checkpoint holds, by name; then one is saved every `save_every` steps, at
+        the last, when SIGTERM or SIGINT arrives (the process then ends with status 128 + the signal's number), and when
+        a batch cannot be read. redo: steps that will be computed again, whose lines leave the log; by default those
+        after the checkpoint.
+        """
+        self._begin(redo)
+        step = self.start
         # Without a terminal (a log file), one line per half minute is enough.
-        self.bar = tqdm(loader, title, total, initial=start, mininterval=0.5 if sys.stderr.isatty() else 30,
+        self.bar = tqdm(total=total, desc=title, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30,
                         dynamic_ncols=True, file=sys.stderr)
-        yield from enumerate(self.bar, start + 1)
+        SIGNALS.looping, batches = True, iter(batches)
+        try:
+            if state and total == 0 and self.state is None:
+                self.save(0, **state())
+            while True:
+                if SIGNALS.received:
+                    if state and step > self.saved:
+                        self.save(step, **state())
+                    self.close()
+                    print(f"{self.stage}: stopped after step {step}; the same command continues", file=sys.stderr)
+                    raise SystemExit(128 + SIGNALS.received)
+                try:
+                    batch = next(batches, None)
+                except UserError:
+                    if state and step > self.saved:
+                        self.save(step, **state())
+                    raise
+                if batch is None:
+                    break
+                step += 1
+                yield step, batch
+                self.bar.update()
+                if state and self.due("save", step, total):
+                    self.save(step, **state())
+        finally:
+            SIGNALS.looping = False
+            self.bar.close()
 
     def due(self, what: str, step: int, last: int) -> bool:
-        """Whether "log", "sheet" or "save" is due: every `cfg.WHAT_every` steps, and at the last one.
+        """Whether "log", "sheet" or "save" is due: every `cfg.WHAT_every` steps, and at the last one."""
+        return step == last or step % getattr(self.cfg, f"{what}_every") == 0
 
-        A log line is due with every checkpoint too, because it is what stops a non-finite loss from being saved.
+    def check(self, step: int, last: int, terms: dict, state, batch: dict) -> None:
+        """Raises UserError, before anything is updated, where a loss term (a scalar tensor) is not finite.
+
+        What led to it is kept for inspection in non-finite.pt: state() and the batch. On a GPU only the steps that are
+        logged are looked at, because looking makes the device wait.
         """
-        every = {k: getattr(self.cfg, f"{k}_every") for k in ("log", "sheet", "save")}
-        return step == last or step % every[what] == 0 or (what == "log" and step % every["save"] == 0)
+        if self.device.type != "cpu" and not self.due("log", step, last):
+            return
+        bad = {name: number for name, value in terms.items() if not np.isfinite(number := _number(value))}
+        if bad:
+            name, path = min(bad), self.folder / "non-finite.pt"
+            content = state() | {"step": step - 1, "config": self.config, "batch": batch, "term": name}
+            atomic_write(path, lambda file: torch.save(content, file))
+            late = "" if self.device.type == "cpu" else f", or up to {self.cfg.log_every} steps before (log_every=1 tells)"
+            raise UserError(f"{self.stage}: {name} is {bad[name]} at step {step}{late}; the state before it and the batch are "
+                            f"in {path}, the last checkpoint is of step {self.saved}: lower the learning rate, or use "
+                            "precision=float32")
 
     def log(self, step: int, **scalars) -> None:
         """Writes scalars to log.jsonl, TensorBoard and the progress bar. Raises UserError for a non-finite one."""
-        values = {name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in scalars.items()}
+        values = {name: _number(value) for name, value in scalars.items()}
         for name, value in values.items():
             if not np.isfinite(value):
-                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint in {self.folder} "
-                                "is from before it: lower the learning rate, or use precision=float32")
-            self.events.add_scalar(f"{self.stage}/{name}", value, step)
-        print(json.dumps({"step": step, **values}), file=self._log, flush=True)
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is of step {self.saved}")
+        with writing(self._log_path):
+            print(json.dumps({"step": step, **values}), file=self._log, flush=True)
+        with writing(self.folder):
+            for name, value in values.items():
+                self.events.add_scalar(f"{self.stage}/{name}", value, step)
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
 
     def sheet(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""
-        make_folder(self.folder / "sheets")
-        image.save(self.folder / "sheets" / f"{name}-{step:07d}.png")
-        self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
+        path = make_folder(self.folder / "sheets") / f"{name}-{step:07d}.png"
+        atomic_write(path, lambda file: image.save(file, "PNG"))
+        with writing(self.folder):
+            self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
 
-    def save(self, step: int, path: Path | None = None, **state) -> None:
-        """Writes a checkpoint, all or nothing: `state` with the step, the config and the library versions.
+    def save(self, step: int, **state) -> None:
+        """Writes last.pt, all or nothing: `state` with the step, config, data and versions. The last one is previous.pt now.
 
-        Raises UserError, and keeps the last checkpoint, where a network's state is not finite.
+        Raises UserError, and keeps both, where a network's state is not finite.
         """
         for part, tensors in state.items():
             for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
-                    raise UserError(f"{self.stage}: {name} of {part} is not finite after step {step}; the last checkpoint in "
-                                    f"{self.folder} is from before it: lower the learning rate, or use precision=float32")
-        state |= {"step": step, "config": self.config, "versions": {"torch": str(torch.__version__)}}
-        atomic_write(path or self.checkpoint, lambda file: torch.save(state, file))
+                    raise UserError(f"{self.stage}: {name} of {part} is not finite after step {step}; the last checkpoint, of "
+                                    f"step {self.saved}, is from before it: lower the learning rate, or use precision=float32")
+        state |= {"step": step, "config": self.config, "data": self.data, "versions": versions()}
+        atomic_write(self.checkpoint, lambda file: torch.save(state, file), self.folder / "previous.pt")
+        self.saved = step
 
     def close(self) -> None:
         """Flushes the log and the events."""
-        self._log.close()
-        self.events.close()
+        with writing(self.folder):
+            self._log.close()
+            self.events.close()
 
 
 # --------------------------------------------------------------------------------------------------------- sheets

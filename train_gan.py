@@ -7,6 +7,7 @@ last.pt, log.jsonl, TensorBoard events and image sheets. A run that was stopped 
     python train_gan.py configs/carla_camvid.yaml gan.lambda_sem=10 name=strict
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,56 +18,67 @@ from evaluate import evaluate_model, iou_from_confusion
 from losses import cross_entropy, lsgan_d, lsgan_g
 from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator
 from runtime import (
-    Run, UserError, autocast, command_line, linear_lr, load_checkpoint, load_weights, make_sheet, poly_lr, random_generator,
-    run_main, seed_torch, to_uint8,
+    Run, UserError, autocast, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, random_generator,
+    run_main, seed_torch, set_lr, to_uint8, write_json,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- f_seg
 
 
-def train_fseg(cfg, source: Scenes, held_out: Scenes, restart: bool) -> FCN8s:
+def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
     """Trains (or loads) f_seg, prints its IoU on held-out source images, and returns it frozen, in eval mode."""
     c, classes = cfg.fseg, source.classes
-    run = Run(cfg, "fseg", Path(cfg.output, cfg.name, "gan", "fseg"), ("", "source", "fseg"), restart)
+    run = Run(cfg, "fseg", Path(cfg.output, cfg.name, "gan", "fseg"), ("", "source", "fseg"), {"source train": source.digest})
     seed_torch(cfg.seed, "fseg", "init")
     f_seg = FCN8s(len(classes), c.width, c.batch_norm, c.dropout, c.pretrained if not run.state else "none")
     f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(f_seg.parameters(), c.lr)
     if run.state:
-        load_weights(f_seg, run.state["f_seg"], run.checkpoint)
-        optimiser.load_state_dict(run.state["optimiser"])
+        load_weights(f_seg, run.state.get("f_seg"), run.checkpoint)
+        load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
     elif c.checkpoint:
-        given = load_checkpoint(c.checkpoint, "fseg.checkpoint is the last.pt of a gan/fseg folder; null trains one")
+        mend = "fseg.checkpoint is the last.pt of a gan/fseg folder; null trains one"
+        given = load_checkpoint(c.checkpoint, mend, ("f_seg",))
         if given.get("classes") != list(classes):
             raise UserError(f"{c.checkpoint}: f_seg of classes {given.get('classes')}, not the config's {list(classes)}")
         load_weights(f_seg, given["f_seg"], c.checkpoint)
     steps = 0 if c.checkpoint else c.steps
 
-    def save(step):
-        run.save(step, f_seg=f_seg.state_dict(), optimiser=optimiser.state_dict(), classes=list(classes))
+    def state():
+        return {"f_seg": f_seg.state_dict(), "optimiser": optimiser.state_dict(), "classes": list(classes)}
 
-    # Photometric jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
-    # every image that does not look like the source, and G could not leave the source's look.
-    batches = Batches(cfg, "fseg", c.batch, c.crop, source=source, jitter=c.jitter)
-    f_seg.train()
-    for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg"):
-        seed_torch(cfg.seed, "fseg", step)  # dropout
-        poly_lr(optimiser, c.lr, step, steps)
-        with autocast(run.device, run.precision):
-            logits = f_seg(to_float(batch["x_s"], run.device))
-        loss = cross_entropy(logits, batch["y_s"].to(run.device).long())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        if run.due("log", step, steps):
-            run.log(step, L_fseg=loss)
-        if run.due("save", step, steps):
-            save(step)
-    if run.start == 0 and steps == 0:
-        save(0)
+    if not run.finished(steps):
+        # Photometric jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
+        # every image that does not look like the source, and G could not leave the source's look.
+        batches = Batches(cfg, "fseg", c.batch, c.crop, source=source, jitter=c.jitter)
+        f_seg.train()
+        for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg", state):
+            seed_torch(cfg.seed, "fseg", step)  # dropout
+            set_lr(optimiser, c.lr, c.schedule, step, steps)
+            with autocast(run.device, run.precision):
+                logits = f_seg(to_float(batch["x_s"], run.device))
+            L_fseg = cross_entropy(logits, batch["y_s"].to(run.device).long())
+            run.check(step, steps, {"L_fseg": L_fseg}, state, batch)
+            optimiser.zero_grad()
+            L_fseg.backward()
+            optimiser.step()
+            if run.due("log", step, steps):
+                run.log(step, L_fseg=L_fseg)
+        run.close()
 
     f_seg.eval().requires_grad_(False)
+    report = run.folder / "held_out.json"
+    if not report.exists():
+        write_json(report, judge_fseg(cfg, f_seg, held_out, run))
+    ious = json.loads(report.read_text())
+    print(f"f_seg on {len(held_out)} held-out source images, mIoU: "
+          + ", ".join(f"{ious[name]['mIoU']:.1f} {name}" for name in ious))
+    print("  per class as it is: " + ", ".join(f"{name} {iou:.0f}" for name, iou in ious["as it is"]["per class"].items()))
+    return f_seg
 
+
+def judge_fseg(cfg, f_seg: FCN8s, held_out: Scenes, run: Run) -> dict:
+    """IoU in % of f_seg on held-out source images, as they are and jittered: {as it is: {mIoU, per class}, jittered: ...}."""
     def predict(x):
         with autocast(run.device, run.precision):
             return f_seg(x)
@@ -75,13 +87,12 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes, restart: bool) -> FCN8s:
         rng = random_generator(cfg.seed, "fseg", "held-out jitter")
         return predict(torch.stack([photometric_jitter((i + 1) / 2, 1.0, rng) * 2 - 1 for i in x.cpu()]).to(x))
 
-    ious = {name: iou_from_confusion(evaluate_model(p, held_out, cfg.eval.batch, run.device, "f_seg, held-out source"))
-            for name, p in (("as it is", predict), ("jittered", predict_jittered))}
-    print(f"f_seg on {len(held_out)} held-out source images, mIoU: "
-          + ", ".join(f"{100 * np.nanmean(iou):.1f} {name}" for name, iou in ious.items()))
-    print("  per class as it is: " + ", ".join(f"{n} {100 * v:.0f}" for n, v in zip(classes, ious["as it is"], strict=True)))
-    run.close()
-    return f_seg
+    result = {}
+    for name, p in (("as it is", predict), ("jittered", predict_jittered)):
+        iou = 100 * iou_from_confusion(evaluate_model(p, held_out, cfg.eval.batch, run.device, "f_seg, held-out source"))
+        result[name] = {"mIoU": float(np.nanmean(iou)),
+                        "per class": {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}}
+    return result
 
 
 # ------------------------------------------------------------------------------------------------- how style follows
@@ -135,11 +146,11 @@ def main() -> None:
     classes, c = source.classes, cfg.gan
     check_depth(cfg)
 
-    run = Run(cfg, "gan", Path(cfg.output, cfg.name, "gan"), ("", "source", "target", "fseg", "gan"), args.restart)
-    if run.start >= c.steps and run.state:
-        print(f"gan: finished at step {run.start}; nothing to do")
+    run = Run(cfg, "gan", Path(cfg.output, cfg.name, "gan"), ("", "source", "target", "fseg", "gan"),
+              {"source train": source.digest, "target train": target.digest}, args.restart)
+    if run.finished(c.steps):
         return
-    f_seg = train_fseg(cfg, source, held_out, False)
+    f_seg = train_fseg(cfg, source, held_out)
     seed_torch(cfg.seed, "gan", "init")
     G, D = build_generator(cfg), MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
@@ -147,15 +158,15 @@ def main() -> None:
     opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay)
     if run.state:
         for name, part in (("G", G), ("D", D)):
-            load_weights(part, run.state[name], run.checkpoint)
-        opt_g.load_state_dict(run.state["opt_g"])
-        opt_d.load_state_dict(run.state["opt_d"])
+            load_weights(part, run.state.get(name), run.checkpoint)
+        for name, optimiser in (("opt_g", opt_g), ("opt_d", opt_d)):
+            load_optimiser(optimiser, run.state.get(name), run.checkpoint)
     print(f"gan: {len(source)} source and {len(target)} target images, {c.steps} steps of {c.batch}, parameters: "
           + ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in (("G", G), ("D", D), ("f_seg", f_seg))))
 
-    def save(step):
-        run.save(step, G=G.state_dict(), D=D.state_dict(), opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict(),
-                 classes=list(classes))
+    def state():
+        return {"G": G.state_dict(), "D": D.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(),
+                "classes": list(classes)}
 
     def spread(scenes, count):  # fixed examples, evenly over the data set
         return to_float(torch.stack([scenes.image(i) for i in np.linspace(0, len(scenes) - 1, count).astype(int)]), run.device)
@@ -178,20 +189,21 @@ def main() -> None:
         run.sheet(step, "generated", make_sheet(["source", "generated", "style guide", "f_seg of generated"], rows))
 
     batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target)
-    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan"):
+    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan", state):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         y_s = batch["y_s"].to(run.device).long()
-        linear_lr(opt_g, c.lr_g, step, c.steps)
-        linear_lr(opt_d, c.lr_d, step, c.steps)
+        set_lr(opt_g, c.lr_g, c.schedule, step, c.steps)
+        set_lr(opt_d, c.lr_d, c.schedule, step, c.steps)
         if step <= c.warmup_steps:
             # Not in the paper: an auto-encoder first, G(x, x) = x in both domains, so that content, style and decoder
             # mean something when D and f_seg begin to pull.
             with autocast(run.device, run.precision):
                 L_rec = (G(x_s, x_s) - x_s).abs().mean() + (G(x_t, x_t) - x_t).abs().mean()
+            terms = {"L_rec": L_rec}
+            run.check(step, c.steps, terms, state, batch)
             opt_g.zero_grad()
             L_rec.backward()
             opt_g.step()
-            terms = {"L_rec": L_rec}
         else:
             with autocast(run.device, run.precision):
                 x_g = G(x_s, x_t)
@@ -200,6 +212,7 @@ def main() -> None:
             D.requires_grad_(True)
             with autocast(run.device, run.precision):
                 L_D = lsgan_d(D(x_t), D(x_g.detach()))
+            run.check(step, c.steps, {"L_D": L_D}, state, batch)
             opt_d.zero_grad()
             L_D.backward()
             opt_d.step()
@@ -209,6 +222,7 @@ def main() -> None:
             with autocast(run.device, run.precision):
                 scores, logits = D(x_g), f_seg(x_g)
             L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
+            run.check(step, c.steps, {"L_GAN": L_GAN, "L_sem": L_sem}, state, batch)
             opt_g.zero_grad()
             (L_GAN + c.lambda_sem * L_sem).backward()
             opt_g.step()
@@ -219,10 +233,6 @@ def main() -> None:
             write_sheet(step)
         if "style_corr" in terms or run.due("log", step, c.steps):
             run.log(step, **terms)
-        if run.due("save", step, c.steps):
-            save(step)
-    if c.steps == 0:
-        save(0)
     run.close()
     print(f"gan: finished; next: python augment.py {' '.join(args.items)}".rstrip())
 

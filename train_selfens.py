@@ -26,7 +26,9 @@ from augment import open_augmented
 from datasets import Batches, Scenes, colourise, has_labels, to_float
 from losses import consistency, cross_entropy, sigmoid_ramp_up
 from models import build_segmenter
-from runtime import Run, autocast, command_line, heat, load_weights, make_sheet, poly_lr, run_main, seed_torch, to_uint8
+from runtime import (
+    Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, run_main, seed_torch, set_lr, to_uint8,
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -89,10 +91,11 @@ def main() -> None:
     val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
     classes = labelled.classes
 
+    data = {f"{labelled.role} train": labelled.digest} | ({"augmented": augmented.digest} if use_augmented else {}) \
+        | ({"target train": target.digest} if use_consistency else {})
     run = Run(cfg, "selfens", Path(cfg.output, cfg.name, "selfens", variant),
-              ("", "source", "target", "augment", "selfens"), args.restart)
-    if run.state and run.start >= c.steps:
-        print(f"selfens: {variant} finished at step {run.start}; nothing to do")
+              ("", "source", "target", "augment", "selfens"), data, args.restart)
+    if run.finished(c.steps):
         return
     seed_torch(cfg.seed, "selfens", "init")
     student = build_segmenter(cfg, len(classes), "none" if run.state else c.pretrained)
@@ -100,9 +103,9 @@ def main() -> None:
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimiser = torch.optim.Adam(student.parameters(), c.lr, weight_decay=c.weight_decay)
     if run.state:
-        load_weights(student, run.state["student"], run.checkpoint)
-        load_weights(teacher, run.state["teacher"], run.checkpoint)
-        optimiser.load_state_dict(run.state["optimiser"])
+        load_weights(student, run.state.get("student"), run.checkpoint)
+        load_weights(teacher, run.state.get("teacher"), run.checkpoint)
+        load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
@@ -111,10 +114,14 @@ def main() -> None:
     last_domain = "x_t" if use_consistency else "x_g" if use_augmented else "x_s"
     sample = [batches[k][last_domain] for k in range(32)]
 
-    def save(step):
+    def readable_teacher():
+        """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last."""
         estimate_statistics(teacher, [to_float(x, run.device) for x in sample], autocast(run.device, run.precision))
-        run.save(step, student=student.state_dict(), teacher=teacher.state_dict(), optimiser=optimiser.state_dict(),
-                 classes=list(classes), variant=variant)
+        return teacher
+
+    def state():
+        return {"student": student.state_dict(), "teacher": readable_teacher().state_dict(),
+                "optimiser": optimiser.state_dict(), "classes": list(classes), "variant": variant}
 
     shown = np.linspace(0, len(val) - 1, 4).astype(int)
 
@@ -122,7 +129,7 @@ def main() -> None:
     def write_sheet(step):
         x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
         student.eval()
-        teacher.eval()
+        readable_teacher().eval()
         with autocast(run.device, run.precision):
             z_s = student(x_t + c.noise_std * torch.randn_like(x_t))
             z_t = teacher(x_t + c.noise_std * torch.randn_like(x_t))
@@ -142,9 +149,9 @@ def main() -> None:
     student.train()
     teacher.train()
     track_statistics(teacher, False)  # they are averaged from the student's
-    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant):
+    for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant, state):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
-        poly_lr(optimiser, c.lr, step, c.steps)
+        set_lr(optimiser, c.lr, c.schedule, step, c.steps)
         y_s = batch["y_s"].to(run.device).long()
         inputs = [to_float(batch["x_s"], run.device)]
         if use_augmented:
@@ -175,6 +182,7 @@ def main() -> None:
             L = L_sup + delta_con * L_con
             terms |= {"L_con": L_con, "delta_con": delta_con}
 
+        run.check(step, c.steps, terms, state, batch)
         optimiser.zero_grad()
         L.backward()
         optimiser.step()
@@ -185,10 +193,6 @@ def main() -> None:
             write_sheet(step)
         if run.due("log", step, c.steps):
             run.log(step, L=L, **terms, lr=optimiser.param_groups[0]["lr"])
-        if run.due("save", step, c.steps):
-            save(step)
-    if c.steps == 0:
-        save(0)
     run.close()
     print(f"selfens: {variant} finished; next: python evaluate.py {' '.join(args.items)} --split val")
 

@@ -248,8 +248,9 @@ def test_augmented_images_and_manifest(pipeline):
     assert len(lines) == len({line["file"] for line in lines}) == 12
     for line in lines:
         assert Image.open(folder / line["file"]).size == tuple(SIZE[::-1])
-        assert Path(line["file"]).stem == Path(line["source"]).stem == Path(line["label"]).stem
-        assert Path(line["source"]).is_file() and Path(line["style"]).parent == pipeline.root / "camvid" / "train"
+        assert Path(line["file"]).stem == line["source"]  # the names that source and target have below their roots
+        assert (pipeline.root / "carla/CameraRGB" / f"{line['source']}.png").is_file()
+        assert (pipeline.root / "camvid/train" / f"{line['style']}.jpg").is_file()
         assert (line["generator"], line["seed"]) == (generator, 0)
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("style*/*.png")} == {line["file"] for line in lines}
     assert len({line["style"] for line in lines}) > 3  # guides are drawn, not one for all
@@ -323,10 +324,10 @@ def test_several_styles_per_image(stage, pipeline, duplicate):
 @pytest.mark.parametrize("name", STAGES[:3])
 def test_a_second_run_does_nothing(stage, duplicate, capsys, name):
     """Running a finished stage again must neither compute nor change anything, its log included."""
-    before = digests(duplicate.folder, *VOLATILE)
+    before = digests(duplicate.folder, ".")  # all but the lock files
     stage(name, *duplicate.args)
     assert "nothing to do" in capsys.readouterr().out
-    assert digests(duplicate.folder, *VOLATILE) == before
+    assert digests(duplicate.folder, ".") == before
 
 
 def test_a_second_evaluation_gives_the_same_result(stage, duplicate):
