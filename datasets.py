@@ -758,11 +758,6 @@ class Batches(torch.utils.data.Dataset):
             yield from loader
         except UserError as error:  # one that comes from a worker has the worker's traceback around its line
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"{self.stage}: a process that reads images died, out of memory perhaps "
-                            f"({str(error).splitlines()[0]}); lower 'workers'") from None
 
 
 def to_float(x: Tensor, device) -> Tensor:

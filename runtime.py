@@ -371,6 +371,10 @@ def run_main(main) -> None:
         line = str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         line = f"out of memory ({str(error).splitlines()[0] if str(error) else 'CPU'}); lower the stage's batch, crop or size"
+    except RuntimeError as error:  # torch raises it in the midst of whatever the step is doing
+        if "DataLoader worker" not in str(error):
+            raise
+        line = f"a process that reads images died, out of memory perhaps ({str(error).splitlines()[0]}); lower 'workers'"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             raise
@@ -811,7 +815,7 @@ class Run:
             return
         bad = {name: number for name, value in terms.items() if not np.isfinite(number := _number(value))}
         if bad:
-            name, path = min(bad), self.folder / "non-finite.pt"
+            name, path = next(iter(bad)), self.folder / "non-finite.pt"
             content = state() | {"step": step - 1, "config": self.config, "batch": batch, "term": name}
             atomic_write(path, lambda file: torch.save(content, file))
             late = "" if self.device.type == "cpu" else f", or up to {self.cfg.log_every} steps before (log_every=1 tells)"
