@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses import IGNORE
-from runtime import UserError, atomic_write, command_line, make_folder, make_sheet, random_generator, run_main
+from runtime import UserError, atomic_write, command_line, make_folder, make_sheet, random_generator, rank, run_main, world
 from streets import streets_scene
 
 # ------------------------------------------------------------------------------------------------------ class lists
@@ -699,7 +699,8 @@ class Batches(torch.utils.data.Dataset):
     """Item `step` (0, 1, ...) is the whole batch of that step, a function of (seed, stage, step) alone.
 
     So neither the number of loader workers nor a resumed run changes what is drawn. Every domain goes through its
-    images in a new random order each epoch. The batch is a dictionary of uint8 tensors:
+    images in a new random order each epoch. Of several processes, each gets its own N images of the step's batch. The
+    batch is a dictionary of uint8 tensors:
         x_s (N, 3, h, w), y_s (N, h, w)   source images and labels
         x_g (N, 3, h, w)                  an augmented version of the same source images, flipped and cropped with them
         x_t (N, 3, h, w)                  target images
@@ -708,6 +709,11 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, cfg, stage: str, batch: int, crop, source: Scenes = None, augmented: Scenes = None,
                  target: Scenes = None, jitter: float = 0.0):
         self.seed, self.stage, self.batch, self.crop, self.flip = cfg.seed, stage, batch, crop, cfg.flip
+        accumulate = getattr(cfg, stage).accumulate if hasattr(cfg, stage) else 1
+        if batch % (world() * accumulate):
+            raise UserError(f"{stage}.batch={batch}: {f'{world()} processes' if world() > 1 else 'one process'} with {stage}."
+                            f"accumulate={accumulate} cannot share it evenly; make it a multiple of {world() * accumulate}")
+        self.part = range(rank() * batch // world(), (rank() + 1) * batch // world())
         self.source, self.augmented, self.target, self.jitter = source, augmented, target, jitter
         for scenes in (source, target):
             if crop and scenes is not None and (crop[0] > scenes.size[0] or crop[1] > scenes.size[1]):
@@ -730,7 +736,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         batch = {}
-        for position in range(step * self.batch, (step + 1) * self.batch):
+        for position in (step * self.batch + k for k in self.part):
             if self.source is not None:
                 rng = random_generator(self.seed, self.stage, "source", position)
                 i = self._index("source", position, len(self.source))

@@ -21,7 +21,7 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torchvision
 import yaml
 from PIL import Image, ImageDraw
@@ -175,7 +176,8 @@ KEYS = {
     "fseg.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
     "fseg.dropout": Key(0.5, "float", "dropout probability after fc6 and fc7", 0, 0.99),
     "fseg.steps": Key(800, "int", "training steps of f_seg", 0),
-    "fseg.batch": Key(16, "int", "source images per step", 1),
+    "fseg.batch": Key(16, "int", "source images per step, over all processes", 1),
+    "fseg.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
     "fseg.lr": Key(1e-3, "float", "Adam learning rate", 0),
     "fseg.schedule": Key("poly", "choice", "of the learning rate; " + SCHEDULE, choices=SCHEDULES),
     "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
@@ -183,7 +185,8 @@ KEYS = {
 
     "gan.steps": Key(2200, "int", "training steps of G and D", 0),
     "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0),
-    "gan.batch": Key(4, "int", "source and target images per step", 1),
+    "gan.batch": Key(4, "int", "source and target images per step, over all processes", 1),
+    "gan.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
     "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G", 0),
@@ -209,7 +212,8 @@ KEYS = {
     "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1),
     "selfens.dropout": Key(0.3, "float", "dropout probability in ASPP, student and teacher", 0, 0.99),
     "selfens.steps": Key(600, "int", "student updates", 0),
-    "selfens.batch": Key(4, "int", "images per domain and step", 1),
+    "selfens.batch": Key(4, "int", "images per domain and step, over all processes", 1),
+    "selfens.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
     "selfens.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
     "selfens.lr": Key(1e-3, "float", "Adam learning rate", 0),
     "selfens.schedule": Key("poly", "choice", "of the learning rate, as in fseg.schedule", choices=SCHEDULES),
@@ -357,6 +361,7 @@ def command_line(doc: str, sections: tuple, add_arguments=None, argv=None):
         raise UserError(f"command line: one config file, not {len(files)} ({', '.join(files)}); overrides are key=value")
     path = files[0] if files else "cfg.yaml"
     cfg = load_config(path, [item for item in args.items if item not in files])
+    join_processes(cfg)
     return cfg, args
 
 
@@ -371,17 +376,22 @@ def run_main(main) -> None:
         line = str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         line = f"out of memory ({str(error).splitlines()[0] if str(error) else 'CPU'}); lower the stage's batch, crop or size"
-    except RuntimeError as error:  # torch raises it in the midst of whatever the step is doing
-        if "DataLoader worker" not in str(error):
+    except RuntimeError as error:  # torch raises these in the midst of whatever the step is doing
+        if world() > 1 and (isinstance(error, dist.DistError) or re.search("(?i)gloo|nccl|closed by peer", str(error))):
+            line = "another process of this run has ended; what stopped it is told in its own lines"
+        elif "DataLoader worker" not in str(error):
             raise
-        line = f"a process that reads images died, out of memory perhaps ({str(error).splitlines()[0]}); lower 'workers'"
+        else:
+            line = f"a process that reads images died, out of memory perhaps ({str(error).splitlines()[0]}); lower 'workers'"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
             raise
         line = f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again"
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line}" if world() == 1 else f"error: process {rank()}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -389,8 +399,12 @@ def run_main(main) -> None:
 
 
 def get_device(cfg) -> torch.device:
-    """The device that `device` names. Raises UserError where it does not exist."""
+    """The device that `device` names, for this process. Raises UserError where it does not exist."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, each process its own
+    elif world() > 1 and name != "cpu":
+        raise UserError(f"device={name}: under torchrun each process takes a GPU of its own; use device=cuda or auto")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: {torch.cuda.device_count()} CUDA devices are visible; use device=cpu or auto")
@@ -436,6 +450,60 @@ def set_lr(optimiser, lr: float, schedule: str, step: int, steps: int) -> None:
     factor = {"poly": left**0.9, "linear": min(1, 2 * left), "constant": 1.0}[schedule]
     for group in optimiser.param_groups:
         group["lr"] = lr * factor
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+#
+# Under torchrun each process takes its part of every batch; gradients, counts and statistics are summed over all of them,
+# so that N processes do what one would. Without torchrun there is one, and none of this does anything.
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 ... world() - 1. Process 0 alone writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def join_processes(cfg) -> None:
+    """Meets torchrun's other processes, if there are any: gloo for tensors on the CPU, nccl for those on GPUs."""
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    device = get_device(cfg)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over the processes, in place. No gradient."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`net` in DistributedDataParallel: a backward pass averages its gradients over the processes. One process: `net`."""
+    if world() == 1:
+        return net
+    # Buffers (spectral norm's vectors, batch norm's synchronised statistics) are the same everywhere by themselves.
+    return torch.nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)
+
+
+def bare(net: torch.nn.Module) -> torch.nn.Module:
+    """The network inside of `parallel`'s wrapper, if it has one."""
+    return net.module if isinstance(net, torch.nn.parallel.DistributedDataParallel) else net
+
+
+def silent(net: torch.nn.Module, yes: bool):
+    """Context in which a backward pass keeps its gradients to itself, to be averaged with those of a later one."""
+    return net.no_sync() if yes and net is not bare(net) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -694,9 +762,12 @@ class Run:
         self.device = get_device(cfg)
         self.precision = get_precision(cfg, self.device)
         self.config, self.data = stage_config(cfg, sections) | {"precision": self.precision}, data or {}
-        lock_folder(folder)
-        if restart:
-            set_aside(folder)
+        if rank() == 0:
+            lock_folder(folder)
+            if restart:
+                set_aside(folder)
+        else:
+            dist.barrier()  # process 0 has looked at the folder, and left it as the others shall find it
         self.checkpoint, self.torn = folder / "last.pt", None
         self.state = self._load()
         if self.state:
@@ -710,6 +781,8 @@ class Run:
                       "differ from those of a run that never stopped", file=sys.stderr)
         self.start = self.saved = self.state["step"] if self.state else 0
         self._log = self.events = None
+        if rank() == 0 and world() > 1:
+            dist.barrier()
 
     def _load(self) -> dict | None:
         """The last checkpoint, or the one before it where the last is torn."""
@@ -756,7 +829,8 @@ class Run:
         with writing(self._log_path):
             self._log = open(self._log_path, "a", encoding="utf-8")
             self.events = SummaryWriter(self.folder, purge_step=self.start + 1 if self.state else None)
-        print(f"{self.stage}: {self.folder} · {here['device']} · {self.precision} · torch {here['torch']} · "
+        processes = f"{world()} processes, each on " if world() > 1 else ""
+        print(f"{self.stage}: {self.folder} · {processes}{here['device']} · {self.precision} · torch {here['torch']} · "
               f"commit {(here['commit'] or 'none')[:10]}{' + changes' if here['dirty'] else ''}"
               + (f" · continues at step {self.start}" if self.start else ""))
 
@@ -768,38 +842,56 @@ class Run:
         a batch cannot be read. redo: steps that will be computed again, whose lines leave the log; by default those
         after the checkpoint.
         """
-        self._begin(redo)
-        step = self.start
+        if rank() == 0:
+            self._begin(redo)
+        step, batches = self.start, iter(batches)
         # Without a terminal (a log file), one line per half minute is enough.
         self.bar = tqdm(total=total, desc=title, initial=step, mininterval=0.5 if sys.stderr.isatty() else 30,
-                        dynamic_ncols=True, file=sys.stderr)
-        SIGNALS.looping, batches = True, iter(batches)
+                        dynamic_ncols=True, file=sys.stderr, disable=rank() > 0)
+
+        def save():
+            if state and step > self.saved:
+                self.save(step, **state())
+
+        SIGNALS.looping = True
         try:
             if state and total == 0 and self.state is None:
                 self.save(0, **state())
             while True:
-                if SIGNALS.received:
-                    if state and step > self.saved:
-                        self.save(step, **state())
-                    self.close()
-                    print(f"{self.stage}: stopped after step {step}; the same command continues", file=sys.stderr)
-                    raise SystemExit(128 + SIGNALS.received)
+                batch = error = None
                 try:
                     batch = next(batches, None)
-                except UserError:
-                    if state and step > self.saved:
-                        self.save(step, **state())
-                    raise
+                except UserError as unreadable:
+                    error = unreadable
+                number, failed = self._agree(SIGNALS.received or 0, error is not None)
+                if number or failed:
+                    save()
+                if failed:
+                    raise error or UserError("another process could not read its images; it tells which")
+                if number:
+                    self.close()
+                    if rank() == 0:
+                        print(f"{self.stage}: stopped after step {step}; the same command continues", file=sys.stderr)
+                    raise SystemExit(128 + number)
                 if batch is None:
                     break
                 step += 1
                 yield step, batch
                 self.bar.update()
-                if state and self.due("save", step, total):
-                    self.save(step, **state())
+                if self.due("save", step, total):
+                    save()
         finally:
             SIGNALS.looping = False
             self.bar.close()
+
+    @staticmethod
+    def _agree(*values: int) -> list[int]:
+        """The largest of each value over the processes: what one has met, all act upon after the same step."""
+        if world() == 1:
+            return [*values]
+        values = torch.tensor([int(v) for v in values])
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
 
     def due(self, what: str, step: int, last: int) -> bool:
         """Whether "log", "sheet" or "save" is due: every `cfg.WHAT_every` steps, and at the last one."""
@@ -814,21 +906,32 @@ class Run:
         if self.device.type != "cpu" and not self.due("log", step, last):
             return
         bad = {name: number for name, value in terms.items() if not np.isfinite(number := _number(value))}
-        if bad:
-            name, path = next(iter(bad)), self.folder / "non-finite.pt"
-            content = state() | {"step": step - 1, "config": self.config, "batch": batch, "term": name}
-            atomic_write(path, lambda file: torch.save(content, file))
-            late = "" if self.device.type == "cpu" else f", or up to {self.cfg.log_every} steps before (log_every=1 tells)"
-            raise UserError(f"{self.stage}: {name} is {bad[name]} at step {step}{late}; the state before it and the batch are "
-                            f"in {path}, the last checkpoint is of step {self.saved}: lower the learning rate, or use "
-                            "precision=float32")
+        culprit = self._agree(rank() + 1 if bad else 0)[0] - 1
+        if culprit < 0:
+            return
+        content, path = state(), self.folder / "non-finite.pt"
+        if culprit != rank():
+            raise UserError(f"{self.stage}: a loss of process {culprit} is not finite at step {step}")
+        name = next(iter(bad))
+        content |= {"step": step - 1, "config": self.config, "batch": batch, "term": name}
+        atomic_write(path, lambda file: torch.save(content, file))
+        late = "" if self.device.type == "cpu" else f", or up to {self.cfg.log_every} steps before (log_every=1 tells)"
+        raise UserError(f"{self.stage}: {name} is {bad[name]} at step {step}{late}; the state before it and the batch are in "
+                        f"{path}, the last checkpoint is of step {self.saved}: lower the learning rate, or use "
+                        "precision=float32")
 
     def log(self, step: int, **scalars) -> None:
-        """Writes scalars to log.jsonl, TensorBoard and the progress bar. Raises UserError for a non-finite one."""
-        values = {name: _number(value) for name, value in scalars.items()}
+        """Writes scalars, means over the processes, to log.jsonl, TensorBoard and the progress bar.
+
+        Raises UserError for one that is not finite.
+        """
+        mean = all_sum(torch.tensor([_number(value) for value in scalars.values()], dtype=torch.float64)) / world()
+        values = dict(zip(scalars, mean.tolist(), strict=True))
         for name, value in values.items():
             if not np.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is of step {self.saved}")
+        if rank():
+            return
         with writing(self._log_path):
             print(json.dumps({"step": step, **values}), file=self._log, flush=True)
         with writing(self.folder):
@@ -838,6 +941,8 @@ class Run:
 
     def sheet(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""
+        if rank():
+            return
         path = make_folder(self.folder / "sheets") / f"{name}-{step:07d}.png"
         atomic_write(path, lambda file: image.save(file, "PNG"))
         with writing(self.folder):
@@ -848,20 +953,23 @@ class Run:
 
         Raises UserError, and keeps both, where a network's state is not finite.
         """
+        self.saved = step
+        if rank():
+            return
         for part, tensors in state.items():
             for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
                 if isinstance(tensor, torch.Tensor) and not torch.isfinite(tensor).all():
-                    raise UserError(f"{self.stage}: {name} of {part} is not finite after step {step}; the last checkpoint, of "
-                                    f"step {self.saved}, is from before it: lower the learning rate, or use precision=float32")
+                    raise UserError(f"{self.stage}: {name} of {part} is not finite after step {step}; the last checkpoint "
+                                    f"is from before it: lower the learning rate, or use precision=float32")
         state |= {"step": step, "config": self.config, "data": self.data, "versions": versions()}
         atomic_write(self.checkpoint, lambda file: torch.save(state, file), self.folder / "previous.pt")
-        self.saved = step
 
     def close(self) -> None:
         """Flushes the log and the events."""
-        with writing(self.folder):
-            self._log.close()
-            self.events.close()
+        if rank() == 0:
+            with writing(self.folder):
+                self._log.close()
+                self.events.close()
 
 
 # --------------------------------------------------------------------------------------------------------- sheets
