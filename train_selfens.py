@@ -31,19 +31,26 @@ from runtime import (
 )  # fmt: skip
 
 
-@torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, ema_decay: float) -> None:
-    """t_i = alpha * t_(i-1) + (1 - alpha) * s_i over weights and batch-norm statistics; counters are copied.
+class MovingAverage:
+    """The teacher: t_i = alpha * t_(i-1) + (1 - alpha) * s_i over weights and batch-norm statistics; counters are copied.
 
-    Without the statistics the teacher would normalise by those of a network that it no longer is.
+    Without the statistics the teacher would normalise by those of a network that it no longer is. The lists of tensors
+    are made once (collecting them takes longer than averaging them), so both networks must keep their storage.
     """
-    ours, theirs = teacher.state_dict(), student.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, t in ours.items():
-        if t.is_floating_point():
-            t.lerp_(theirs[name], 1 - ema_decay)
-        else:
-            t.copy_(theirs[name])
+
+    def __init__(self, teacher: nn.Module, student: nn.Module):
+        ours, theirs = teacher.state_dict(), student.state_dict()
+        assert ours.keys() == theirs.keys()
+        pairs = [(t, theirs[name]) for name, t in ours.items()]
+        self.averaged = [*zip(*((t, s) for t, s in pairs if t.is_floating_point()), strict=True)]
+        self.copied = [*zip(*((t, s) for t, s in pairs if not t.is_floating_point()), strict=True)]
+
+    @torch.no_grad()
+    def update(self, ema_decay: float) -> None:
+        """One step with alpha = ema_decay, 0 to 1: a kernel over all tensors where the device has one."""
+        torch._foreach_lerp_(*self.averaged, 1 - ema_decay)
+        if self.copied:  # batch norm's
+            torch._foreach_copy_(*self.copied)
 
 
 def track_statistics(model: nn.Module, on: bool) -> None:
@@ -106,6 +113,7 @@ def main() -> None:
         load_weights(student, run.state.get("student"), run.checkpoint)
         load_weights(teacher, run.state.get("teacher"), run.checkpoint)
         load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
+    average = MovingAverage(teacher, student)
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
@@ -187,7 +195,7 @@ def main() -> None:
         L.backward()
         optimiser.step()
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
-        update_teacher(teacher, student, min(c.ema_decay, 1 - 1 / step))
+        average.update(min(c.ema_decay, 1 - 1 / step))
 
         if run.due("sheet", step, c.steps):
             write_sheet(step)

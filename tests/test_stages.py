@@ -529,7 +529,7 @@ def test_teacher_is_the_moving_average(alpha):
         student(torch.randn(2, 3, 16, 16))  # moves the running statistics and their counters
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     theirs = {k: v.clone() for k, v in student.state_dict().items()}
-    train_selfens.update_teacher(teacher, student, alpha)
+    train_selfens.MovingAverage(teacher, student).update(alpha)
     seen = set()
     for name, t in teacher.state_dict().items():
         kind = name.rpartition(".")[2]
@@ -545,13 +545,18 @@ def test_teacher_is_the_moving_average(alpha):
 
 def test_teacher_starts_as_the_true_mean_of_the_students(stage, pipeline, monkeypatch):
     """While 1 - 1/step is below alpha the teacher is the plain mean of all students so far: nothing of the random start."""
-    update, students = train_selfens.update_teacher, []
+    students = []
 
-    def recorded(teacher, student, alpha):
-        students.append({k: v.detach().double().clone() for k, v in student.named_parameters()})
-        update(teacher, student, alpha)
+    class Recorded(train_selfens.MovingAverage):
+        def __init__(self, teacher, student):
+            super().__init__(teacher, student)
+            self.student = student
 
-    monkeypatch.setattr(train_selfens, "update_teacher", recorded)
+        def update(self, alpha):
+            students.append({k: v.detach().double().clone() for k, v in self.student.named_parameters()})
+            super().update(alpha)
+
+    monkeypatch.setattr(train_selfens, "MovingAverage", Recorded)
     stage("train_selfens", pipeline.config, "name=mean", "selfens.variant=self_ensembling", "selfens.lr=0.1")
     teacher = state_of(pipeline.out / "mean/selfens/self_ensembling/last.pt", "teacher")["teacher"]
     assert len(students) == 4
