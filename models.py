@@ -154,8 +154,18 @@ class MultiScaleDiscriminator(nn.Module):
             c = c_out
         return nn.Sequential(*modules, spectral_norm(nn.Conv2d(c, 1, 1)))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN)."""
+    def forward(self, x: Tensor, *more: Tensor) -> list:
+        """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN).
+
+        With more images, a list of such lists, one for each. Nothing here mixes the images of a batch, so those of one
+        size pass as one batch: fewer kernels, and one power iteration for all of them in training mode.
+        """
+        if more:
+            images = [x, *more]
+            if len({image.shape[1:] for image in images}) > 1:
+                return [self(image) for image in images]
+            parts = [scores.split([len(image) for image in images]) for scores in self(torch.cat(images))]
+            return [list(scores) for scores in zip(*parts, strict=True)]
         scores = []
         for i, patch_gan in enumerate(self.patch_gans):
             if i:
@@ -346,7 +356,8 @@ def step_costs(cfg, classes: int) -> dict:
     def gan_step():
         x = image(c_g.batch, c_g.crop or cfg.source.size)
         x_g = G(x, x)
-        backward(*D(x), *D(x_g.detach()))
+        real, fake = D(x, x_g.detach())
+        backward(*real, *fake)
         frozen(D, f_seg)
         backward(*D(x_g), f_seg(x_g))
 

@@ -25,6 +25,18 @@ from runtime import (
 # ---------------------------------------------------------------------------------------------------------- f_seg
 
 
+def fseg_step(f_seg, optimiser, x_s, y_s, cast, check) -> dict:
+    """One update of f_seg, in training mode. Returns {L_fseg}; the arguments are as in `gan_step`."""
+    with cast:
+        logits = f_seg(x_s)
+    L_fseg = cross_entropy(logits, y_s)
+    check({"L_fseg": L_fseg})
+    optimiser.zero_grad()
+    L_fseg.backward()
+    optimiser.step()
+    return {"L_fseg": L_fseg}
+
+
 def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
     """Trains (or loads) f_seg, prints its IoU on held-out source images, and returns it frozen, in eval mode."""
     c, classes = cfg.fseg, source.classes
@@ -42,10 +54,13 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         if given.get("classes") != list(classes):
             raise UserError(f"{c.checkpoint}: f_seg of classes {given.get('classes')}, not the config's {list(classes)}")
         load_weights(f_seg, given["f_seg"], c.checkpoint)
-    steps = 0 if c.checkpoint else c.steps
+    steps, cast = 0 if c.checkpoint else c.steps, autocast(run.device, run.precision)
 
     def state():
         return {"f_seg": f_seg.state_dict(), "optimiser": optimiser.state_dict(), "classes": list(classes)}
+
+    def check(terms):  # of the loop's current step
+        run.check(step, steps, terms, state, batch)
 
     if not run.finished(steps):
         # Photometric jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
@@ -55,15 +70,10 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg", state):
             seed_torch(cfg.seed, "fseg", step)  # dropout
             set_lr(optimiser, c.lr, c.schedule, step, steps)
-            with autocast(run.device, run.precision):
-                logits = f_seg(to_float(batch["x_s"], run.device))
-            L_fseg = cross_entropy(logits, batch["y_s"].to(run.device).long())
-            run.check(step, steps, {"L_fseg": L_fseg}, state, batch)
-            optimiser.zero_grad()
-            L_fseg.backward()
-            optimiser.step()
+            x_s, y_s = to_float(batch["x_s"], run.device), batch["y_s"].to(run.device, non_blocking=True).long()
+            terms = fseg_step(f_seg, optimiser, x_s, y_s, cast, check)
             if run.due("log", step, steps):
-                run.log(step, L_fseg=L_fseg)
+                run.log(step, **terms)
         run.close()
 
     f_seg.eval().requires_grad_(False)
@@ -120,6 +130,56 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
 # ---------------------------------------------------------------------------------------------------------- G and D
 
 
+def warm_up_step(G, opt_g, x_s, x_t, cast, check) -> dict:
+    """One update of G as an auto-encoder, G(x, x) = x in both domains. Returns {L_rec}; arguments as in `gan_step`.
+
+    Not in the paper: so that content, style and decoder mean something when D and f_seg begin to pull.
+    """
+    opt_g.zero_grad()
+    L_rec = 0
+    for x in (x_s, x_t):  # one forward and backward pass at a time: the domains' sizes may differ
+        with cast:
+            x_rec = G(x, x)
+        part = (x_rec - x).abs().mean()
+        part.backward()
+        L_rec = L_rec + part.detach()
+    check({"L_rec": L_rec})
+    opt_g.step()
+    return {"L_rec": L_rec}
+
+
+def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check) -> dict:
+    """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars.
+
+    f_seg: frozen, in eval mode; x_s, x_t: (N, 3, H, W) in [-1, 1] on the networks' device; y_s: (N, H, W) train ids;
+    cast: the context in which networks run; check(terms): called with the losses before each update, to raise where
+    one is not finite. D is left frozen and in eval mode.
+    """
+    with cast:
+        x_g = G(x_s, x_t)  # once: D's update sees it detached, G's goes back through it
+
+    # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
+    D.train().requires_grad_(True)  # training mode is what makes spectral norm iterate: here, once a step
+    with cast:
+        real, fake = D(x_t, x_g.detach())
+    L_D = lsgan_d(real, fake)
+    check({"L_D": L_D})
+    opt_d.zero_grad()
+    L_D.backward()
+    opt_d.step()
+
+    # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
+    D.eval().requires_grad_(False)
+    with cast:
+        scores, logits = D(x_g), f_seg(x_g)
+    L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
+    check({"L_GAN": L_GAN, "L_sem": L_sem})
+    opt_g.zero_grad()
+    (L_GAN + lambda_sem * L_sem).backward()
+    opt_g.step()
+    return {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
+
+
 def check_depth(cfg) -> None:
     """Raises UserError where G or D has more strided layers than the training images have pixels for."""
     c, size = cfg.gan, cfg.gan.crop or [min(sides) for sides in zip(cfg.source.size, cfg.target.size, strict=True)]
@@ -172,10 +232,11 @@ def main() -> None:
         return to_float(torch.stack([scenes.image(i) for i in np.linspace(0, len(scenes) - 1, count).astype(int)]), run.device)
 
     contents, guides = spread(source, 6), spread(target, 8)
+    cast = autocast(run.device, run.precision)
 
     @torch.inference_mode()
     def generate(x_s, x_t):
-        with autocast(run.device, run.precision):
+        with cast:
             return G(x_s, x_t)
 
     @torch.inference_mode()
@@ -183,51 +244,24 @@ def main() -> None:
         rows = []
         for x_s, x_t in zip(contents, guides):  # noqa: B905  two guides are left over
             x_g = generate(x_s[None], x_t[None])
-            with autocast(run.device, run.precision):
+            with cast:
                 reading = f_seg(x_g)[0].argmax(0).cpu()
             rows.append([to_uint8(x_s), to_uint8(x_g[0]), to_uint8(x_t), colourise(reading, classes)])
         run.sheet(step, "generated", make_sheet(["source", "generated", "style guide", "f_seg of generated"], rows))
 
+    def check(terms):  # of the loop's current step
+        run.check(step, c.steps, terms, state, batch)
+
     batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target)
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan", state):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
-        y_s = batch["y_s"].to(run.device).long()
         set_lr(opt_g, c.lr_g, c.schedule, step, c.steps)
         set_lr(opt_d, c.lr_d, c.schedule, step, c.steps)
         if step <= c.warmup_steps:
-            # Not in the paper: an auto-encoder first, G(x, x) = x in both domains, so that content, style and decoder
-            # mean something when D and f_seg begin to pull.
-            with autocast(run.device, run.precision):
-                L_rec = (G(x_s, x_s) - x_s).abs().mean() + (G(x_t, x_t) - x_t).abs().mean()
-            terms = {"L_rec": L_rec}
-            run.check(step, c.steps, terms, state, batch)
-            opt_g.zero_grad()
-            L_rec.backward()
-            opt_g.step()
+            terms = warm_up_step(G, opt_g, x_s, x_t, cast, check)
         else:
-            with autocast(run.device, run.precision):
-                x_g = G(x_s, x_t)
-
-            # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
-            D.requires_grad_(True)
-            with autocast(run.device, run.precision):
-                L_D = lsgan_d(D(x_t), D(x_g.detach()))
-            run.check(step, c.steps, {"L_D": L_D}, state, batch)
-            opt_d.zero_grad()
-            L_D.backward()
-            opt_d.step()
-
-            # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
-            D.requires_grad_(False)
-            with autocast(run.device, run.precision):
-                scores, logits = D(x_g), f_seg(x_g)
-            L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
-            run.check(step, c.steps, {"L_GAN": L_GAN, "L_sem": L_sem}, state, batch)
-            opt_g.zero_grad()
-            (L_GAN + c.lambda_sem * L_sem).backward()
-            opt_g.step()
-            terms = {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
-
+            y_s = batch["y_s"].to(run.device, non_blocking=True).long()
+            terms = gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check)
         if run.due("sheet", step, c.steps):
             terms["style_corr"] = style_correlation(generate, contents[:4], guides)
             write_sheet(step)

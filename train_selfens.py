@@ -25,7 +25,7 @@ from torch import nn
 from augment import open_augmented
 from datasets import Batches, Scenes, colourise, has_labels, to_float
 from losses import consistency, cross_entropy, sigmoid_ramp_up
-from models import build_segmenter
+from models import DeepLabVGG16, build_segmenter
 from runtime import (
     Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, run_main, seed_torch, set_lr, to_uint8,
 )  # fmt: skip
@@ -60,6 +60,26 @@ def track_statistics(model: nn.Module, on: bool) -> None:
             m.momentum = 0.1 if on else 0.0
 
 
+class DomainPasses(nn.Module):
+    """The student's passes of one step as one module, so that whatever wraps it sees one forward and one backward.
+
+    One pass per domain, so that each is normalised by its own batch statistics. The running ones, which the teacher and
+    the evaluation use, are those of the last domain: of target images wherever there are any.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """One (N, 3, H, W) batch per domain -> the logits of each, (N, classes, ceil(H/8), ceil(W/8))."""
+        logits = []
+        for k, x in enumerate(batches, 1):
+            track_statistics(self.net, k == len(batches))
+            logits.append(self.net(x))
+        return logits
+
+
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_context) -> None:
     """Sets batch norm's running statistics to their mean over these batches of (N, 3, H, W) images, without dropout.
@@ -80,6 +100,41 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
             model(x)
     model.train()
     track_statistics(model, False)
+
+
+def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_con, ema_decay, cast, check) -> dict:
+    """One update of the student and of its mean. Returns {L, L_sup} and, with target images, L_con and delta_con.
+
+    passes: DomainPasses of the student; teacher: in training mode, statistics not tracked; average: MovingAverage of
+    the two; x: {x_s, and as the variant has them x_g, x_t: (N, 3, H, W) in [-1, 1] on the networks' device}; y_s: (N, H,
+    W) train ids; cast: the context in which networks run; check(terms): called with the losses before the update, to
+    raise where one is not finite.
+    """
+    def noisy(x_t):
+        return x_t + noise_std * torch.randn_like(x_t)
+
+    inputs = x | ({"x_t": noisy(x["x_t"])} if "x_t" in x else {})
+    with cast:
+        logits = dict(zip(inputs, passes([*inputs.values()]), strict=True))
+
+    # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
+    L_sup = sum(cross_entropy(DeepLabVGG16.upsample(logits[name], y_s.shape[-2:]), y_s) for name in x if name != "x_t")
+    L, terms = L_sup, {"L_sup": L_sup}
+
+    # L = L_sup + delta_con * L_con;  L_con = mean (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
+    if "x_t" in x:
+        with torch.inference_mode(), cast:
+            teacher_logits = teacher(noisy(x["x_t"]))
+        L_con = consistency(logits["x_t"], teacher_logits.clone())  # a copy: autograd refuses tensors of inference mode
+        L = L_sup + delta_con * L_con
+        terms |= {"L_con": L_con, "delta_con": delta_con}
+
+    check(terms)
+    optimiser.zero_grad()
+    L.backward()
+    optimiser.step()
+    average.update(ema_decay)
+    return {"L": L, **terms}
 
 
 def main() -> None:
@@ -113,7 +168,7 @@ def main() -> None:
         load_weights(student, run.state.get("student"), run.checkpoint)
         load_weights(teacher, run.state.get("teacher"), run.checkpoint)
         load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
-    average = MovingAverage(teacher, student)
+    passes, average, cast = DomainPasses(student), MovingAverage(teacher, student), autocast(run.device, run.precision)
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
@@ -124,12 +179,15 @@ def main() -> None:
 
     def readable_teacher():
         """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last."""
-        estimate_statistics(teacher, [to_float(x, run.device) for x in sample], autocast(run.device, run.precision))
+        estimate_statistics(teacher, [to_float(x, run.device) for x in sample], cast)
         return teacher
 
     def state():
         return {"student": student.state_dict(), "teacher": readable_teacher().state_dict(),
                 "optimiser": optimiser.state_dict(), "classes": list(classes), "variant": variant}
+
+    def check(terms):  # of the loop's current step
+        run.check(step, c.steps, terms, state, batch)
 
     shown = np.linspace(0, len(val) - 1, 4).astype(int)
 
@@ -138,7 +196,7 @@ def main() -> None:
         x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
         student.eval()
         readable_teacher().eval()
-        with autocast(run.device, run.precision):
+        with cast:
             z_s = student(x_t + c.noise_std * torch.randn_like(x_t))
             z_t = teacher(x_t + c.noise_std * torch.randn_like(x_t))
         student.train()
@@ -160,47 +218,17 @@ def main() -> None:
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant, state):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
         set_lr(optimiser, c.lr, c.schedule, step, c.steps)
-        y_s = batch["y_s"].to(run.device).long()
-        inputs = [to_float(batch["x_s"], run.device)]
-        if use_augmented:
-            inputs.append(to_float(batch["x_g"], run.device))
-        if use_consistency:
-            x_t = to_float(batch["x_t"], run.device)
-            inputs.append(x_t + c.noise_std * torch.randn_like(x_t))
-        # One pass per domain, so that each is normalised by its own batch statistics. The running ones, which the
-        # teacher and the evaluation use, are those of the last domain: of target images wherever there are any.
-        with autocast(run.device, run.precision):
-            logits = []
-            for x in inputs:
-                track_statistics(student, x is inputs[-1])
-                logits.append(student(x))
-
-        # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
-        L_sup = cross_entropy(student.upsample(logits[0], y_s.shape[-2:]), y_s)
-        if use_augmented:
-            L_sup = L_sup + cross_entropy(student.upsample(logits[1], y_s.shape[-2:]), y_s)
-        L, terms = L_sup, {"L_sup": L_sup}
-
-        # L = L_sup + delta_con * L_con;  L_con = mean (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
-        if use_consistency:
-            with torch.no_grad(), autocast(run.device, run.precision):
-                teacher_logits = teacher(x_t + c.noise_std * torch.randn_like(x_t))
-            L_con = consistency(logits[-1], teacher_logits)
-            delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
-            L = L_sup + delta_con * L_con
-            terms |= {"L_con": L_con, "delta_con": delta_con}
-
-        run.check(step, c.steps, terms, state, batch)
-        optimiser.zero_grad()
-        L.backward()
-        optimiser.step()
+        x = {name: to_float(batch[name], run.device) for name in ("x_s", "x_g", "x_t") if name in batch}
+        y_s = batch["y_s"].to(run.device, non_blocking=True).long()
+        delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
-        average.update(min(c.ema_decay, 1 - 1 / step))
+        alpha = min(c.ema_decay, 1 - 1 / step)
+        terms = selfens_step(passes, teacher, average, optimiser, x, y_s, c.noise_std, delta_con, alpha, cast, check)
 
         if run.due("sheet", step, c.steps):
             write_sheet(step)
         if run.due("log", step, c.steps):
-            run.log(step, L=L, **terms, lr=optimiser.param_groups[0]["lr"])
+            run.log(step, **terms, lr=optimiser.param_groups[0]["lr"])
     run.close()
     print(f"selfens: {variant} finished; next: python evaluate.py {' '.join(args.items)} --split val")
 
