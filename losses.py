@@ -1,15 +1,22 @@
 """The loss terms, under the names they carry in the paper, in the code and in the logs.
 
-All take logits or images as the networks return them and compute in float32 whatever the networks' precision.
+All take logits or images as the networks return them and compute in float32 (or wider, where those are) whatever the
+networks' precision.
 Source of the formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another.
 """
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255  # label of pixels that count neither in a loss nor in a metric
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is wider: sums and differences of many numbers need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> Tensor:
@@ -17,12 +24,12 @@ def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> Tensor:
 
     real, fake: one (N, 1, h, w) score map per scale -> scalar.
     """
-    return sum((r.float() - 1).square().mean() + f.float().square().mean() for r, f in zip(real, fake, strict=True))
+    return sum((wide(r) - 1).square().mean() + wide(f).square().mean() for r, f in zip(real, fake, strict=True))
 
 
 def lsgan_g(fake: list[Tensor]) -> Tensor:
     """L_GAN for the generator: E[(D(G(x_s, x_t)) - 1)^2], each scale's mean, summed over the scales -> scalar."""
-    return sum((f.float() - 1).square().mean() for f in fake)
+    return sum((wide(f) - 1).square().mean() for f in fake)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -31,7 +38,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE -> scalar. This is L_sup's term, and with f_seg's
     logits of a generated image and the source label it is L_sem.
     """
-    total = F.cross_entropy(logits.float(), y, ignore_index=IGNORE, reduction="sum")
+    total = F.cross_entropy(wide(logits), y, ignore_index=IGNORE, reduction="sum")
     return total / (y != IGNORE).sum().clamp(min=1)
 
 
@@ -41,7 +48,7 @@ def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2/C]. No gradient reaches the
     teacher. delta_con has a meaning only together with this reduction: a sum over classes would be C times as large.
     """
-    return F.mse_loss(student_logits.float().softmax(1), teacher_logits.detach().float().softmax(1))
+    return F.mse_loss(wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1))
 
 
 def sigmoid_ramp_up(step: int, length: float) -> float:

@@ -84,6 +84,33 @@ def test_adain_keeps_bfloat16_accurate():
     assert (got.double() - expected).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch, shared", [(1, False), (1, True), (3, False), (3, True)])
+def test_gradients_of_adain_are_autograds(batch, shared, layout):
+    """The backward pass is written by hand: it must be the formula's own, for every layout, in float64 and in float32."""
+    torch.manual_seed(0)
+    shape, rows = (batch, 4, 5, 6), 1 if shared else batch
+    c, g = ((torch.randn(shape, dtype=torch.float64) + 3).contiguous(memory_format=layout) for _ in range(2))
+    gamma, beta = torch.randn(2, rows, 4, dtype=torch.float64)
+
+    def formula(c, gamma, beta):
+        centred = c - c.mean((2, 3), keepdim=True)
+        sigma = (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+        return gamma[..., None, None] * centred / sigma + beta[..., None, None]
+
+    def outcome(call, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (c, gamma, beta)]
+        y = call(*leaves)
+        assert y.is_contiguous(memory_format=layout)
+        return y, *torch.autograd.grad(y, leaves, g.to(dtype))
+
+    expected = outcome(formula, torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        for ours, theirs in zip(outcome(adain, dtype), expected, strict=True):
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
 def test_generator_output_depends_on_the_guide_and_on_the_content():
     """Style reaches the image only through AdaIN's parameters; a cut wire would leave one fixed look."""
     torch.manual_seed(0)
