@@ -44,7 +44,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
     seed_torch(cfg.seed, "fseg", "init")
     f_seg = FCN8s(len(classes), c.width, c.batch_norm, c.dropout, c.pretrained if not run.state else "none")
     f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(f_seg.parameters(), c.lr)
+    optimiser = torch.optim.Adam(f_seg.parameters(), c.lr, fused=True)
     if run.state:
         load_weights(f_seg, run.state.get("f_seg"), run.checkpoint)
         load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
@@ -214,8 +214,8 @@ def main() -> None:
     seed_torch(cfg.seed, "gan", "init")
     G, D = build_generator(cfg), MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
-    opt_g = torch.optim.Adam(G.parameters(), c.lr_g, (0.5, 0.999), weight_decay=c.weight_decay)
-    opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay)
+    opt_g = torch.optim.Adam(G.parameters(), c.lr_g, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
     if run.state:
         for name, part in (("G", G), ("D", D)):
             load_weights(part, run.state.get(name), run.checkpoint)

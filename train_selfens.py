@@ -163,7 +163,7 @@ def main() -> None:
     student = build_segmenter(cfg, len(classes), "none" if run.state else c.pretrained)
     student = student.to(run.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    optimiser = torch.optim.Adam(student.parameters(), c.lr, weight_decay=c.weight_decay)
+    optimiser = torch.optim.Adam(student.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
     if run.state:
         load_weights(student, run.state.get("student"), run.checkpoint)
         load_weights(teacher, run.state.get("teacher"), run.checkpoint)
