@@ -11,6 +11,7 @@ half-pixel convention (align_corners=False): cell i of a map with stride s cover
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -20,13 +21,82 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from losses import wide
-from runtime import UserError, command_line, load_weights, run_main
+from runtime import UserError, command_line, load_weights, own_part, run_main, whole_batch, world
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """x: (N, C, H, W) -> (N, C, H', W') with H', W' the next multiples; edge pixels repeated at the right and bottom."""
     bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+
+# ----------------------------------------------------------------------------------------------- several processes
+#
+# What mixes or draws over a batch does so over the whole one, though each process has but a part of it: N processes are one.
+
+
+class Dropout(nn.Dropout):
+    """torch's, where a process's draws are its part of the draws for the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if world() == 1 or not self.training:
+            return super().forward(x)
+        return x * own_part(F.dropout(whole_batch(x).fill_(1), self.p))
+
+
+class Dropout2d(nn.Dropout2d):
+    """The same for whole channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if world() == 1 or not self.training:
+            return super().forward(x)
+        return x * own_part(F.dropout2d(whole_batch(x[..., :1, :1].contiguous()).fill_(1), self.p))
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over the processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return AllReduce.forward(None, g)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, for the CPU: torch has one for GPUs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) -> the same; in training mode normalised by the mean and variance of all processes' x."""
+        if not self.training:
+            return super().forward(x)
+        n, z = world() * x.numel() // x.shape[1], wide(x)
+        mean = AllReduce.apply(z.sum((0, 2, 3))) / n
+        z = z - mean[:, None, None]
+        var = AllReduce.apply(z.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean), step)
+            self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var), step)
+        gamma = self.weight * torch.rsqrt(var + self.eps)
+        return (z * gamma[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronised(net: nn.Module, device: torch.device) -> nn.Module:
+    """`net` with its batch norm taken over all processes; names and values of its state stay. One process: as it is."""
+    if world() == 1:
+        return net
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    for m in net.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = SyncBatchNorm  # the same attributes, another forward
+    return net
 
 
 # ------------------------------------------------------------------------------------------------------- generator
@@ -288,7 +358,7 @@ class FCN8s(VGGSegmenter):
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = Dropout2d(dropout)
         self.score7, self.score4, self.score3 = (nn.Conv2d(c, classes, 1) for c in (hidden, c4, c3))
         for layer in (self.score7, self.score4, self.score3):  # the published net starts from scores of 0, too
             nn.init.normal_(layer.weight, std=0.01)
@@ -335,8 +405,8 @@ class DeepLabVGG16(VGGSegmenter):
                 m.dilation = m.padding = (2, 2)
         c5, hidden = self.trunk_channels[12], max(1, round(1024 * width))
         self.aspp = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c5, hidden, 3, padding=r, dilation=r), nn.ReLU(), nn.Dropout(dropout),
-                          nn.Conv2d(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout), nn.Conv2d(hidden, classes, 1))
+            nn.Sequential(nn.Conv2d(c5, hidden, 3, padding=r, dilation=r), nn.ReLU(), Dropout(dropout),
+                          nn.Conv2d(hidden, hidden, 1), nn.ReLU(), Dropout(dropout), nn.Conv2d(hidden, classes, 1))
             for r in rates)
         for branch in self.aspp:
             for m in branch:

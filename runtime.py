@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -487,18 +488,42 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def agree(*values: int) -> list[int]:
+    """The largest of each value over the processes: what one has met, all act upon after the same step."""
+    if world() == 1:
+        return [*values]
+    largest = torch.tensor([int(v) for v in values])
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """`net` in DistributedDataParallel: a backward pass averages its gradients over the processes. One process: `net`."""
     if world() == 1:
         return net
-    # Buffers (spectral norm's vectors, batch norm's synchronised statistics) are the same everywhere by themselves.
-    return torch.nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False,
-                                                     gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # newer versions have another name for the argument, older ones do not know it
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers (spectral norm's vectors, batch norm's synchronised statistics) are the same everywhere by themselves.
+        return torch.nn.parallel.DistributedDataParallel(net, [device] if device.type == "cuda" else None,
+                                                         broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def bare(net: torch.nn.Module) -> torch.nn.Module:
     """The network inside of `parallel`'s wrapper, if it has one."""
     return net.module if isinstance(net, torch.nn.parallel.DistributedDataParallel) else net
+
+
+def whole_batch(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor like x (N, ...) for the batch of all processes, (world() N, ...), to draw random numbers in."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty(world() * len(x), *x.shape[1:], dtype=x.dtype, device=x.device,
+                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def own_part(whole: torch.Tensor) -> torch.Tensor:
+    """This process's images of the whole batch."""
+    n = len(whole) // world()
+    return whole[rank() * n : (rank() + 1) * n]
 
 
 def silent(net: torch.nn.Module, yes: bool):
@@ -863,7 +888,7 @@ class Run:
                     batch = next(batches, None)
                 except UserError as unreadable:
                     error = unreadable
-                number, failed = self._agree(SIGNALS.received or 0, error is not None)
+                number, failed = agree(SIGNALS.received or 0, error is not None)
                 if number or failed:
                     save()
                 if failed:
@@ -884,15 +909,6 @@ class Run:
             SIGNALS.looping = False
             self.bar.close()
 
-    @staticmethod
-    def _agree(*values: int) -> list[int]:
-        """The largest of each value over the processes: what one has met, all act upon after the same step."""
-        if world() == 1:
-            return [*values]
-        values = torch.tensor([int(v) for v in values])
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values.tolist()
-
     def due(self, what: str, step: int, last: int) -> bool:
         """Whether "log", "sheet" or "save" is due: every `cfg.WHAT_every` steps, and at the last one."""
         return step == last or step % getattr(self.cfg, f"{what}_every") == 0
@@ -906,7 +922,7 @@ class Run:
         if self.device.type != "cpu" and not self.due("log", step, last):
             return
         bad = {name: number for name, value in terms.items() if not np.isfinite(number := _number(value))}
-        culprit = self._agree(rank() + 1 if bad else 0)[0] - 1
+        culprit = agree(rank() + 1 if bad else 0)[0] - 1
         if culprit < 0:
             return
         content, path = state(), self.folder / "non-finite.pt"

@@ -15,24 +15,28 @@ import torch
 
 from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
 from evaluate import evaluate_model, iou_from_confusion
-from losses import cross_entropy, lsgan_d, lsgan_g
-from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator
+from losses import cross_entropy, labelled_pixels, lsgan_d, lsgan_g
+from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator, synchronised
 from runtime import (
-    Run, UserError, autocast, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, random_generator,
-    run_main, seed_torch, set_lr, to_uint8, write_json,
+    Run, UserError, agree, autocast, bare, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, parallel,
+    random_generator, rank, run_main, seed_torch, set_lr, silent, to_uint8, write_json,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- f_seg
 
 
-def fseg_step(f_seg, optimiser, x_s, y_s, cast, check) -> dict:
+def fseg_step(f_seg, optimiser, x_s, y_s, cast, check, accumulate=1) -> dict:
     """One update of f_seg, in training mode. Returns {L_fseg}; the arguments are as in `gan_step`."""
-    with cast:
-        logits = f_seg(x_s)
-    L_fseg = cross_entropy(logits, y_s)
-    check({"L_fseg": L_fseg})
+    pixels, parts, L_fseg = labelled_pixels(y_s), [*zip(x_s.chunk(accumulate), y_s.chunk(accumulate), strict=True)], 0
     optimiser.zero_grad()
-    L_fseg.backward()
+    for k, (x, y) in enumerate(parts, 1):
+        with silent(f_seg, k < len(parts)):
+            with cast:
+                logits = f_seg(x)
+            loss = cross_entropy(logits, y, pixels)
+            loss.backward()
+        L_fseg = L_fseg + loss.detach()
+    check({"L_fseg": L_fseg})
     optimiser.step()
     return {"L_fseg": L_fseg}
 
@@ -43,7 +47,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
     run = Run(cfg, "fseg", Path(cfg.output, cfg.name, "gan", "fseg"), ("", "source", "fseg"), {"source train": source.digest})
     seed_torch(cfg.seed, "fseg", "init")
     f_seg = FCN8s(len(classes), c.width, c.batch_norm, c.dropout, c.pretrained if not run.state else "none")
-    f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
+    f_seg = synchronised(f_seg.to(run.device, memory_format=torch.channels_last), run.device)
     optimiser = torch.optim.Adam(f_seg.parameters(), c.lr, fused=True)
     if run.state:
         load_weights(f_seg, run.state.get("f_seg"), run.checkpoint)
@@ -67,20 +71,24 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         # every image that does not look like the source, and G could not leave the source's look.
         batches = Batches(cfg, "fseg", c.batch, c.crop, source=source, jitter=c.jitter)
         f_seg.train()
+        shared = parallel(f_seg, run.device)
         for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg", state):
             seed_torch(cfg.seed, "fseg", step)  # dropout
             set_lr(optimiser, c.lr, c.schedule, step, steps)
             x_s, y_s = to_float(batch["x_s"], run.device), batch["y_s"].to(run.device, non_blocking=True).long()
-            terms = fseg_step(f_seg, optimiser, x_s, y_s, cast, check)
+            terms = fseg_step(shared, optimiser, x_s, y_s, cast, check, c.accumulate)
             if run.due("log", step, steps):
                 run.log(step, **terms)
         run.close()
 
     f_seg.eval().requires_grad_(False)
     report = run.folder / "held_out.json"
-    if not report.exists():
-        write_json(report, judge_fseg(cfg, f_seg, held_out, run))
-    ious = json.loads(report.read_text())
+    if agree(not report.exists())[0]:
+        ious = judge_fseg(cfg, f_seg, held_out, run)
+        if rank() == 0:
+            write_json(report, ious)
+    else:
+        ious = json.loads(report.read_text())
     print(f"f_seg on {len(held_out)} held-out source images, mIoU: "
           + ", ".join(f"{ious[name]['mIoU']:.1f} {name}" for name in ious))
     print("  per class as it is: " + ", ".join(f"{name} {iou:.0f}" for name, iou in ious["as it is"]["per class"].items()))
@@ -130,52 +138,68 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
 # ---------------------------------------------------------------------------------------------------------- G and D
 
 
-def warm_up_step(G, opt_g, x_s, x_t, cast, check) -> dict:
+def warm_up_step(G, opt_g, x_s, x_t, cast, check, accumulate=1) -> dict:
     """One update of G as an auto-encoder, G(x, x) = x in both domains. Returns {L_rec}; arguments as in `gan_step`.
 
     Not in the paper: so that content, style and decoder mean something when D and f_seg begin to pull.
     """
     opt_g.zero_grad()
-    L_rec = 0
-    for x in (x_s, x_t):  # one forward and backward pass at a time: the domains' sizes may differ
-        with cast:
-            x_rec = G(x, x)
-        part = (x_rec - x).abs().mean()
-        part.backward()
-        L_rec = L_rec + part.detach()
+    parts, L_rec = [*x_s.chunk(accumulate), *x_t.chunk(accumulate)], 0
+    for k, x in enumerate(parts, 1):  # one forward and backward pass at a time: the domains' sizes may differ
+        with silent(G, k < len(parts)):
+            with cast:
+                x_rec = G(x, x)
+            loss = (x_rec - x).abs().mean() / accumulate
+            loss.backward()
+        L_rec = L_rec + loss.detach()
     check({"L_rec": L_rec})
     opt_g.step()
     return {"L_rec": L_rec}
 
 
-def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check) -> dict:
+def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, accumulate=1) -> dict:
     """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars.
 
     f_seg: frozen, in eval mode; x_s, x_t: (N, 3, H, W) in [-1, 1] on the networks' device; y_s: (N, H, W) train ids;
     cast: the context in which networks run; check(terms): called with the losses before each update, to raise where
-    one is not finite. D is left frozen and in eval mode.
+    one is not finite; accumulate: parts in which the batch passes. D is left frozen and in eval mode.
     """
-    with cast:
-        x_g = G(x_s, x_t)  # once: D's update sees it detached, G's goes back through it
+    parts = [*zip(x_s.chunk(accumulate), x_t.chunk(accumulate), y_s.chunk(accumulate), strict=True)]
+    pixels, generated = labelled_pixels(y_s), []
 
     # L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2]
     D.train().requires_grad_(True)  # training mode is what makes spectral norm iterate: here, once a step
-    with cast:
-        real, fake = D(x_t, x_g.detach())
-    L_D = lsgan_d(real, fake)
-    check({"L_D": L_D})
     opt_d.zero_grad()
-    L_D.backward()
+    L_D = 0
+    for k, (s, t, _) in enumerate(parts, 1):
+        # Generated once: D's update sees it detached, G's goes back through it. Only where memory is so short that the
+        # batch is divided, G's activations are not kept for that, and it passes again.
+        with cast, torch.set_grad_enabled(accumulate == 1):
+            x_g = G(s, t)
+        generated.append(x_g)
+        with silent(D, k < len(parts)):
+            with cast:
+                real, fake = D(t, x_g.detach())
+            loss = lsgan_d(real, fake) / accumulate
+            loss.backward()
+        D.train(False)
+        L_D = L_D + loss.detach()
+    check({"L_D": L_D})
     opt_d.step()
 
     # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
-    D.eval().requires_grad_(False)
-    with cast:
-        scores, logits = D(x_g), f_seg(x_g)
-    L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
-    check({"L_GAN": L_GAN, "L_sem": L_sem})
+    D.requires_grad_(False)
     opt_g.zero_grad()
-    (L_GAN + lambda_sem * L_sem).backward()
+    L_GAN = L_sem = 0
+    for k, (s, t, y) in enumerate(parts, 1):
+        with silent(G, k < len(parts)):
+            with cast:
+                x_g = generated[0] if accumulate == 1 else G(s, t)
+                scores, logits = bare(D)(x_g), f_seg(x_g)
+            gan, sem = lsgan_g(scores) / accumulate, cross_entropy(logits, y, pixels)
+            (gan + lambda_sem * sem).backward()
+        L_GAN, L_sem = L_GAN + gan.detach(), L_sem + sem.detach()
+    check({"L_GAN": L_GAN, "L_sem": L_sem})
     opt_g.step()
     return {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
 
@@ -252,16 +276,17 @@ def main() -> None:
     def check(terms):  # of the loop's current step
         run.check(step, c.steps, terms, state, batch)
 
+    shared_G, shared_D = (parallel(net, run.device) for net in (G, D))
     batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target)
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan", state):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         set_lr(opt_g, c.lr_g, c.schedule, step, c.steps)
         set_lr(opt_d, c.lr_d, c.schedule, step, c.steps)
         if step <= c.warmup_steps:
-            terms = warm_up_step(G, opt_g, x_s, x_t, cast, check)
+            terms = warm_up_step(shared_G, opt_g, x_s, x_t, cast, check, c.accumulate)
         else:
             y_s = batch["y_s"].to(run.device, non_blocking=True).long()
-            terms = gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check)
+            terms = gan_step(shared_G, shared_D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check, c.accumulate)
         if run.due("sheet", step, c.steps):
             terms["style_corr"] = style_correlation(generate, contents[:4], guides)
             write_sheet(step)

@@ -24,11 +24,14 @@ from torch import nn
 
 from augment import open_augmented
 from datasets import Batches, Scenes, colourise, has_labels, to_float
-from losses import consistency, cross_entropy, sigmoid_ramp_up
-from models import DeepLabVGG16, build_segmenter
+from losses import consistency, cross_entropy, labelled_pixels, sigmoid_ramp_up
+from models import DeepLabVGG16, build_segmenter, synchronised
 from runtime import (
-    Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, run_main, seed_torch, set_lr, to_uint8,
+    Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, own_part, parallel, run_main, seed_torch,
+    set_lr, silent, to_uint8, whole_batch,
 )  # fmt: skip
+
+BatchNorm = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class MovingAverage:
@@ -56,7 +59,7 @@ class MovingAverage:
 def track_statistics(model: nn.Module, on: bool) -> None:
     """Whether a pass in training mode moves batch norm's running statistics; it normalises by the batch's own either way."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, BatchNorm):
             m.momentum = 0.1 if on else 0.0
 
 
@@ -72,7 +75,7 @@ class DomainPasses(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
-        self.divided = any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        self.divided = any(isinstance(m, BatchNorm) for m in net.modules())
 
     def forward(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """One (N, 3, H, W) batch per domain -> the logits of each, (N, classes, ceil(H/8), ceil(W/8))."""
@@ -92,7 +95,7 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
     Averaged weights are a network of their own, whose activations no running average of the student's describes exactly
     (Izmailov et al. 2018, stochastic weight averaging); and the student's come from images with noise added.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     if not norms:
         return
     model.eval()
@@ -107,39 +110,47 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
     track_statistics(model, False)
 
 
-def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_con, ema_decay, cast, check) -> dict:
+def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_con, ema_decay, cast, check,
+                 accumulate=1) -> dict:
     """One update of the student and of its mean. Returns {L, L_sup} and, with target images, L_con and delta_con.
 
     passes: DomainPasses of the student; teacher: in training mode, statistics not tracked; average: MovingAverage of
     the two; x: {x_s, and as the variant has them x_g, x_t: (N, 3, H, W) in [-1, 1] on the networks' device}; y_s: (N, H,
     W) train ids; cast: the context in which networks run; check(terms): called with the losses before the update, to
-    raise where one is not finite.
+    raise where one is not finite; accumulate: parts in which the batch passes (batch norm's statistics are the parts').
     """
-    def noisy(x_t):
-        return x_t + noise_std * torch.randn_like(x_t)
+    def noisy(x_t):  # drawn for the whole batch
+        return x_t + noise_std * own_part(whole_batch(x_t).normal_())
 
-    inputs = x | ({"x_t": noisy(x["x_t"])} if "x_t" in x else {})
-    with cast:
-        logits = dict(zip(inputs, passes([*inputs.values()]), strict=True))
-
-    # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
-    L_sup = sum(cross_entropy(DeepLabVGG16.upsample(logits[name], y_s.shape[-2:]), y_s) for name in x if name != "x_t")
-    L, terms = L_sup, {"L_sup": L_sup}
-
-    # L = L_sup + delta_con * L_con;  L_con = mean (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
-    if "x_t" in x:
-        with torch.inference_mode(), cast:
-            teacher_logits = teacher(noisy(x["x_t"]))
-        L_con = consistency(logits["x_t"], teacher_logits.clone())  # a copy: autograd refuses tensors of inference mode
-        L = L_sup + delta_con * L_con
-        terms |= {"L_con": L_con, "delta_con": delta_con}
-
-    check(terms)
+    pixels, L_sup, L_con = labelled_pixels(y_s), 0, 0
+    x = x | ({"x_t": noisy(x["x_t"]), "seen_by_teacher": noisy(x["x_t"])} if "x_t" in x else {})
+    parts = [dict(zip(x, part, strict=True)) for part in zip(*(images.chunk(accumulate) for images in x.values()), strict=True)]
     optimiser.zero_grad()
-    L.backward()
+    for k, (part, y) in enumerate(zip(parts, y_s.chunk(accumulate), strict=True), 1):
+        seen_by_teacher = part.pop("seen_by_teacher", None)
+        with silent(passes, k < len(parts)):
+            with cast:
+                logits = dict(zip(part, passes([*part.values()]), strict=True))
+
+            # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
+            sup = sum(cross_entropy(DeepLabVGG16.upsample(logits[name], y.shape[-2:]), y, pixels)
+                      for name in part if name != "x_t")
+            loss, L_sup = sup, L_sup + sup.detach()
+
+            # L = L_sup + delta_con * L_con;  L_con = mean (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
+            if "x_t" in part:
+                with torch.inference_mode(), cast:
+                    teacher_logits = teacher(seen_by_teacher)
+                # A copy, because autograd refuses tensors of inference mode.
+                con = consistency(logits["x_t"], teacher_logits.clone()) / accumulate
+                loss, L_con = loss + delta_con * con, L_con + con.detach()
+            loss.backward()
+
+    terms = {"L_sup": L_sup} | ({"L_con": L_con, "delta_con": delta_con} if "x_t" in x else {})
+    check(terms)
     optimiser.step()
     average.update(ema_decay)
-    return {"L": L, **terms}
+    return {"L": L_sup + delta_con * L_con, **terms}
 
 
 def main() -> None:
@@ -166,14 +177,15 @@ def main() -> None:
         return
     seed_torch(cfg.seed, "selfens", "init")
     student = build_segmenter(cfg, len(classes), "none" if run.state else c.pretrained)
-    student = student.to(run.device, memory_format=torch.channels_last)
+    student = synchronised(student.to(run.device, memory_format=torch.channels_last), run.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimiser = torch.optim.Adam(student.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
     if run.state:
         load_weights(student, run.state.get("student"), run.checkpoint)
         load_weights(teacher, run.state.get("teacher"), run.checkpoint)
         load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
-    passes, average, cast = DomainPasses(student), MovingAverage(teacher, student), autocast(run.device, run.precision)
+    passes, cast = parallel(DomainPasses(student), run.device), autocast(run.device, run.precision)
+    average = MovingAverage(teacher, student)
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
@@ -228,7 +240,8 @@ def main() -> None:
         delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
         alpha = min(c.ema_decay, 1 - 1 / step)
-        terms = selfens_step(passes, teacher, average, optimiser, x, y_s, c.noise_std, delta_con, alpha, cast, check)
+        terms = selfens_step(passes, teacher, average, optimiser, x, y_s, c.noise_std, delta_con, alpha, cast, check,
+                             c.accumulate)
 
         if run.due("sheet", step, c.steps):
             write_sheet(step)
