@@ -33,7 +33,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses import IGNORE
-from runtime import UserError, atomic_write, command_line, make_folder, make_sheet, random_generator, rank, run_main, world
+from runtime import (
+    UserError, atomic_write, command_line, make_folder, make_sheet, prefetch, random_generator, rank, run_main, world,
+)  # fmt: skip
 from streets import streets_scene
 
 # ------------------------------------------------------------------------------------------------------ class lists
@@ -757,13 +759,44 @@ class Batches(torch.utils.data.Dataset):
         return {name: torch.stack(tensors) for name, tensors in batch.items()}
 
     def loader(self, start: int, steps: int, workers: int):
-        """Batches of steps start ... steps - 1, in order."""
+        """Batches of steps start ... steps - 1, in order, read ahead: 2 by a thread, or 2 by each of the worker processes.
+
+        Raises UserError for a file that cannot be read, when its batch is due.
+        """
+        if workers == 0:
+            pin, threads = torch.cuda.is_available(), torch.get_num_threads()
+
+            def read(step):
+                return {name: x.pin_memory() if pin else x for name, x in self[step].items()}
+
+            # One thread for the jitter's sums, as in a worker process, or their last bits would depend on `workers`. torch
+            # keeps the number for each thread, and the one set last for threads that have not asked: so it is set back.
+            for batch in prefetch(range(start, steps), read, 2, start=_one_thread):
+                torch.set_num_threads(threads)
+                yield batch
+            return
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, steps), num_workers=workers,
-                                             persistent_workers=False, pin_memory=torch.cuda.is_available())
+                                             prefetch_factor=2, pin_memory=torch.cuda.is_available())
         try:
             yield from loader
+            return
         except UserError as error:  # one that comes from a worker has the worker's traceback around its line
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+            line, error.__traceback__ = str(error).rstrip().rpartition("UserError: ")[2], None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            line = (f"{self.stage}: a process that reads images died, out of memory perhaps "
+                    f"({str(error).splitlines()[0]}); lower 'workers'")
+            error.__traceback__ = None
+        # Here, and without that traceback: it holds the loader in a cycle, and the collector would take 5 s to end each
+        # process, because it takes their queues first.
+        raise UserError(line)
+
+
+def _one_thread() -> None:
+    """For the calling thread alone, once another has set its own number again."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # or the first sum would take the other thread's number
 
 
 def to_float(x: Tensor, device) -> Tensor:

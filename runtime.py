@@ -22,6 +22,8 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -986,6 +988,50 @@ class Run:
             with writing(self.folder):
                 self._log.close()
                 self.events.close()
+
+
+# -------------------------------------------------------------------------------------------------------- overlap
+
+THREADS = min(8, os.cpu_count() or 1)  # that read or write images: decoding, resizing and compressing leave Python's lock
+
+
+def prefetch(items, function, ahead: int, threads: int = 1, start=None):
+    """Yields function(item) for each of the items, in order, while threads compute up to `ahead` of the next ones.
+
+    start: called first in every thread. An error that function raises comes at its item's own turn, after all before it.
+    """
+    queue, pool = deque(), ThreadPoolExecutor(threads, initializer=start)
+    try:
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def behind(limit: int):
+    """Gives submit(function, *arguments), which returns at once while a thread computes; then it waits for the oldest call.
+
+    At most `limit` calls are unfinished at a time, and none on leaving. What one of them raises is raised by a later
+    submit, or on leaving.
+    """
+    queue, pool = deque(), ThreadPoolExecutor(THREADS)
+
+    def submit(function, *arguments):
+        while queue and (len(queue) >= limit or queue[0].done()):
+            queue.popleft().result()
+        queue.append(pool.submit(function, *arguments))
+
+    try:
+        yield submit
+        while queue:
+            queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------------- sheets
