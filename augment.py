@@ -10,7 +10,9 @@ is missing and nothing else.
 """
 
 import json
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,9 @@ from PIL import Image
 from datasets import Augmented, Scenes, read_image, to_float
 from models import build_generator
 from runtime import (
-    Run, UserError, atomic_write, autocast, command_line, load_checkpoint, load_weights, make_folder, make_sheet,
-    random_generator, refuse_changes, refuse_data, run_main, stage_config, to_uint8, weights_digest, write_json, writing,
+    THREADS, Run, UserError, atomic_write, autocast, command_line, load_checkpoint, load_weights, make_folder, make_sheet,
+    prefetch, random_generator, refuse_changes, refuse_data, run_main, stage_config, to_uint8, weights_digest, write_json,
+    writing,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
@@ -132,22 +135,37 @@ def main() -> None:
         make_folder(file.parent)
         atomic_write(file, lambda out: Image.fromarray(image).save(out, "PNG"))
 
+    def read(i):
+        return source.image(i % n), target.image(guides[i])
+
+    def read_batches():  # two batches ahead of the generator
+        ready = prefetch((i for b in todo for i in batches[b - 1]), read, 2 * size, THREADS)
+        for b in todo:
+            yield (b, *map(torch.stack, zip(*islice(ready, len(batches[b - 1])), strict=True)))
+
+    def finish(b, written, mean):
+        for one in written:
+            one.result()
+        some = batches[b - 1]
+        run.log(b, images=len(some), mean=mean)
+        # The manifest comes last: what it lists is there and logged.
+        lines = [json.dumps({
+            "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
+            "generator": generator, "seed": cfg.seed,
+        }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
+        with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+            manifest.write("".join(lines))
+
+    # A batch is written while the next one is generated, and finished, in order, before the one after that.
+    unfinished = deque()
     with ThreadPoolExecutor() as pool:
-        for _, b in run.progress(todo, len(todo), "augment", redo={*todo}):
-            some = batches[b - 1]
-            x_s = to_float(torch.stack([source.image(i % n) for i in some]), run.device)
-            x_t = to_float(torch.stack([target.image(guides[i]) for i in some]), run.device)
+        for _, (b, x_s, x_t) in run.progress(read_batches(), len(todo), "augment", redo={*todo}):
             with torch.inference_mode(), autocast(run.device, run.precision):
-                x_g = [to_uint8(x) for x in G(x_s, x_t)]
-            list(pool.map(write, [files[i] for i in some], x_g))  # PNG compression leaves the interpreter lock
-            run.log(b, images=len(some), mean=np.mean(x_g) / 127.5 - 1)
-            # The manifest comes last: what it lists is there and logged.
-            lines = [json.dumps({
-                "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
-                "generator": generator, "seed": cfg.seed,
-            }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
-            with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-                manifest.write("".join(lines))
+                x_g = [to_uint8(x) for x in G(to_float(x_s, run.device), to_float(x_t, run.device))]
+            written = [pool.submit(write, files[i], x) for i, x in zip(batches[b - 1], x_g, strict=True)]
+            unfinished.append((b, written, np.mean(x_g) / 127.5 - 1))
+            while len(unfinished) > (b != todo[-1]):
+                finish(*unfinished.popleft())
 
     rows = [[source.image(i % n).permute(1, 2, 0).numpy(), np.asarray(read_image(str(files[i]))),
              target.image(guides[i]).permute(1, 2, 0).numpy()] for i in range(0, min(len(files), 6 * size), size)]
