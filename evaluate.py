@@ -14,6 +14,7 @@ up-sampled bilinearly (align_corners=False: pixel centres at half-integers) to e
 
 import json
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import Scenes, class_list, colourise, read_image, to_float
+from datasets import Scenes, class_list, colourise, header_size, read_image, to_float
 from losses import IGNORE
 from models import build_segmenter
 from runtime import (
-    UserError, VARIANTS, atomic_write, autocast, command_line, environment, get_device, get_precision, load_checkpoint,
-    load_weights, make_folder, make_sheet, refuse_changes, run_main, stage_config, write_json,
+    THREADS, UserError, VARIANTS, atomic_write, autocast, behind, command_line, environment, get_device, get_precision,
+    load_checkpoint, load_weights, make_folder, make_sheet, prefetch, refuse_changes, run_main, stage_config, write_json,
 )  # fmt: skip
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which the papers on SYNTHIA report beside mIoU
@@ -86,15 +87,18 @@ def load_network(cfg, which: str, classes: dict, device, precision: str):
 
 
 @torch.inference_mode()
-def predictions(predict, image, indices, batch: int, device, title: str):
-    """Yields (i, logits (C, h, w) float32) for each of the indices.
+def predictions(predict, read, indices, batch: int, device, title: str):
+    """Yields (i, logits (C, h, w) float32, more) for each of the indices, in order.
 
-    image(i): (3, h, w) uint8, read when its batch is due; predict(x: (N, 3, h, w) in [-1, 1]): each image's logits.
+    read(i): ((3, h, w) uint8, more), called in threads up to two batches ahead of the network; more: whatever else belongs
+    to the image. predict(x: (N, 3, h, w) in [-1, 1]): each image's logits.
     """
+    ready = prefetch(indices, read, 2 * batch, THREADS)
     for first in tqdm(range(0, len(indices), batch), title, mininterval=1, leave=False):
         some = indices[first : first + batch]
-        x = to_float(torch.stack([image(i) for i in some]), device)
-        yield from ((i, z.float()) for i, z in zip(some, predict(x), strict=True))
+        images, more = zip(*islice(ready, len(some)), strict=True)
+        x = to_float(torch.stack(images), device)
+        yield from ((i, z.float(), m) for i, z, m in zip(some, predict(x), more, strict=True))
 
 
 def classify(z: torch.Tensor, size) -> torch.Tensor:
@@ -109,10 +113,13 @@ def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen
 
     It is summed on the device image by image. seen(i, prediction (H, W)), where given, is called for each.
     """
+    def read(i):
+        return scenes.image(i), torch.from_numpy(scenes.native_label(i))
+
     classes = len(scenes.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    for i, z in predictions(predict, scenes.image, range(len(scenes)), batch, device, title):
-        label = torch.from_numpy(scenes.native_label(i)).to(device)
+    for i, z, label in predictions(predict, read, range(len(scenes)), batch, device, title):
+        label = label.to(device)
         prediction = classify(z, label.shape)
         confusion += confusion_matrix(label, prediction, classes)
         if seen:
@@ -169,17 +176,21 @@ def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -
             raise UserError(f"{path}: its prediction would be {name}, as that of {names[name]}; rename one of them")
     kinds = [output_folder(Path(out, kind), images, "--out") for kind in ("train_ids", "colour", "overlay")]
 
-    def image(i):
-        return torch.from_numpy(np.asarray(read_image(str(paths[i])).resize(cfg.target.size[::-1], Image.BILINEAR))
-                                .transpose(2, 0, 1).copy())
+    def read(i):
+        picture = read_image(str(paths[i]))
+        small = np.asarray(picture.resize(cfg.target.size[::-1], Image.BILINEAR))
+        return torch.from_numpy(small.transpose(2, 0, 1).copy()), picture.size[::-1]
 
-    for i, z in predictions(predict, image, range(len(paths)), cfg.eval.batch, device, "predict"):
-        picture = read_image(str(paths[i]))  # again, at its own size: keeping a batch of them would take memory
-        ids = classify(z, picture.size[::-1]).cpu().numpy()
+    def write(i, ids):
+        picture = read_image(str(paths[i]))  # again, at its own size: keeping those of the batches would take memory
         colour = colourise(ids, classes)
         overlay = Image.blend(picture, Image.fromarray(colour), 0.5)
         for folder, result in zip(kinds, (ids, colour, overlay), strict=True):
             save_png(folder / paths[i].relative_to(root).with_suffix(".png"), result)
+
+    with behind(2 * THREADS) as submit:
+        for i, z, size in predictions(predict, read, range(len(paths)), cfg.eval.batch, device, "predict"):
+            submit(write, i, classify(z, size).cpu().numpy())
     other = len(files) - len(paths)
     print(f"written: {out}/train_ids, colour and overlay of {len(paths)} images"
           + (f"; {other} files in {images} are neither PNG nor JPEG and were left out" if other else ""))
@@ -307,16 +318,25 @@ def main() -> None:
 
     sizes = {}
 
-    def seen(i, prediction):
-        sizes.setdefault(tuple(prediction.shape))
-        if export:
-            save_png(export / f"{scenes.samples[i].name}.png", raw_ids[prediction.cpu().numpy()])
+    def export_ids(i, prediction):
+        save_png(export / f"{scenes.samples[i].name}.png", raw_ids[prediction])
 
-    if labels:
-        iou = iou_from_confusion(confusion := evaluate_model(predict, scenes, cfg.eval.batch, device, "evaluate", seen))
-    else:
-        for i, z in predictions(predict, scenes.image, range(len(scenes)), cfg.eval.batch, device, "predict"):
-            seen(i, classify(z, read_image(scenes.samples[i].image).size[::-1]))
+    with behind(2 * THREADS) as submit:
+
+        def seen(i, prediction):
+            sizes.setdefault(tuple(prediction.shape))
+            if export:
+                submit(export_ids, i, prediction.cpu().numpy())
+
+        if labels:
+            confusion = evaluate_model(predict, scenes, cfg.eval.batch, device, "evaluate", seen)
+            iou = iou_from_confusion(confusion)
+        else:
+            def read(i):
+                return scenes.image(i), header_size(scenes.samples[i].image)[::-1]
+
+            for i, z, size in predictions(predict, read, range(len(scenes)), cfg.eval.batch, device, "predict"):
+                seen(i, classify(z, size))
     if export:
         print(f"written: {len(scenes)} label-id PNGs below {export}")
     if not labels:
@@ -342,9 +362,9 @@ def main() -> None:
     write_json(out, result)
 
     shown, rows = [int(i) for i in np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int))], []
-    for i, z in predictions(predict, scenes.image, shown, 1, device, "sheet"):
+    for i, z, image in predictions(predict, lambda i: 2 * (scenes.image(i),), shown, 1, device, "sheet"):
         pictures = colourise(scenes.label(i), classes), colourise(classify(z, scenes.size).cpu(), classes)
-        rows.append([scenes.image(i).permute(1, 2, 0).numpy(), *pictures])
+        rows.append([image.permute(1, 2, 0).numpy(), *pictures])
     save_png(out.with_suffix(".png"), make_sheet(["target image", "label", f"{variant} {args.model}"], rows))
     print_table(result)
     print(f"written: {out} and {out.with_suffix('.png')}")
