@@ -15,16 +15,25 @@ training reads: the target's training labels are looked at for selfens.variant=t
 
 import difflib
 import hashlib
+import inspect
 import json
+import math
 import os
 import re
 import struct
+import sys
+import threading
+import time
+import uuid
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
@@ -583,15 +592,118 @@ def examine(sample: Sample, read: str, table: np.ndarray | None, decode: bool) -
 
 
 CACHE_BYTES = 2 << 30  # resized images that one data set keeps, over all of its processes, to decode each file once
+_ROOM = threading.Lock()  # around what is left of it; not in Scenes, which are copied into reading processes
+
+
+class DiskCache:
+    """Resized images and labels as files, FOLDER/KIND-HEIGHTxWIDTH-SETTINGS/CONTENT, which later runs read again.
+
+    SETTINGS is a digest of what the pixels depend on beside the file: label table, the code that reads, and the libraries.
+    CONTENT is a SHA-256 of the file's bytes, taken once per file and process. Path, size and time would be quicker, but a
+    file can be replaced within the clock's tick by one as long, or copied with its time; and hashing costs a small part of
+    decoding (tests/bench_stages.py). So nothing here can be of another image or of other settings.
+
+    A file is renamed into place: processes may share the folder, and a kill leaves a temporary file at most. It is not
+    flushed to the disk, which may take longer than decoding does; a checksum at its end tells what a power cut tore, and
+    that is made again. Nothing is removed: every data set, size and label table takes height * width * 3 bytes an image
+    and a third of that a label, and old ones can be deleted at any time.
+    """
+
+    unwritable = set()  # folders that this process has given up, with one warning
+
+    def __init__(self, folder: str):
+        self.folder, self.folders, self.contents = Path(folder), {}, {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cache={folder}: cannot be made ({error.strerror}); set 'cache' to a folder you may write, or to "
+                            "null") from None
+
+    def add(self, kind: str, shape: tuple, *settings) -> None:
+        """Says what all values of a kind depend on. shape: theirs, of which the last two are height and width."""
+        versions = PIL.__version__, PIL.features.version("jpg"), np.__version__
+        digest = hashlib.sha256(repr((settings, versions)).encode()).hexdigest()[:16]
+        self.folders[kind] = shape, self.folder / f"{kind}-{shape[-2]}x{shape[-1]}-{digest}"
+        for left in self.folders[kind][1].glob(".*.tmp"):  # of a process that was killed, if no other writes it now
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
+
+    @staticmethod
+    def content(path: str) -> str:
+        """What tells the source of one image from all others. Raises OSError for a file that cannot be read."""
+        if path.startswith("streets:"):
+            return hashlib.sha256((path + _code("streets")).encode()).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def get(self, kind: str, path: str, make) -> Tensor:
+        """The value of `kind` for an image or label file (or address); make() gives it where it is not here yet."""
+        try:
+            content = self.contents.get(path) or self.content(path)
+        except OSError:
+            return make()  # which says what is wrong with it
+        shape, folder = self.folders[kind]
+        value = self._read(folder / content, shape)
+        if value is None:
+            value = make()
+            try:
+                if self.content(path) != content:  # replaced while it was read
+                    return value
+            except OSError:
+                return value
+            self._write(folder / content, value)
+        self.contents[path] = content
+        return value
+
+    @staticmethod
+    def _read(file: Path, shape: tuple) -> Tensor | None:
+        """None where there is no such file, or not a whole one."""
+        size = math.prod(shape)
+        try:
+            data = np.fromfile(file, np.uint8, size + 5)
+        except OSError:
+            return None
+        if data.size != size + 4 or zlib.crc32(data[:size]) != int.from_bytes(data[size:].tobytes(), "little"):
+            return None
+        return torch.from_numpy(data[:size].reshape(shape))
+
+    def _write(self, file: Path, value: Tensor) -> None:
+        if self.folder in self.unwritable:
+            return
+        temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")  # threads, and machines with equal process numbers
+        try:
+            file.parent.mkdir(exist_ok=True)
+            try:
+                data = value.numpy().tobytes()
+                temporary.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+                os.replace(temporary, file)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink()
+        except OSError as error:  # a full disk: the run has its images all the same, and hours of work not to lose
+            self.unwritable.add(self.folder)
+            print(f"warning: cache={self.folder}: cannot be written ({error.strerror}); what is not in it yet is decoded "
+                  "again by every run", file=sys.stderr)
+
+
+@lru_cache
+def _code(module: str, first: str = "", last: str = "") -> str:
+    """SHA-256 of a module's text, from the heading `first` to the heading `last`."""
+    text = inspect.getsource(sys.modules[module])
+    text = text.split(f"- {first}\n")[1].split(f"- {last}\n")[0] if first else text
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Scenes:
     """The images of one domain and split, resized, with labels as train ids where asked for.
 
     role: "source" or "target"; split: "train" or "val"; labels: without it no label file is looked for or opened;
-    cache: keep resized images for a second reading.
+    cache: keep resized images in memory for a second reading (the folder that `cfg.cache` names is used either way).
     At the start every file's header is read, and a few files whole, so that what is wrong stops before training.
     """
+
+    _disk = None  # generated images have none: they lie there at this size, and would take styles_per_image times as much
 
     def __init__(self, cfg, role: str, split: str, labels: bool, cache: bool = True):
         part, table = getattr(cfg, role), get_table(cfg, role)
@@ -600,6 +712,11 @@ class Scenes:
         self.samples = list_samples(cfg, role, split, labels)
         self.table = train_id_table(table, self.class_list) if table.read else None  # a camera without any label
         self._cache, self._room = {}, CACHE_BYTES if cache else 0
+        if cfg.cache is not None:
+            self._disk, code = DiskCache(cfg.cache), _code(__name__, "reading", "batches")
+            self._disk.add("image", (3, *self.size), code)
+            if labels:
+                self._disk.add("label", self.size, code, self.read, hashlib.sha256(self.table.tobytes()).hexdigest())
         self._check(16)
 
     def _check(self, count: int) -> None:
@@ -620,24 +737,28 @@ class Scenes:
         listed = json.dumps([[s.name, *size] for s, size in zip(self.samples, sizes, strict=True)])
         return f"{len(self)} samples {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
-    def _cached(self, key, make) -> Tensor:
-        value = self._cache.get(key)
+    def _cached(self, kind: str, i: int, path: str | None, make) -> Tensor:
+        """The value of `kind` for sample i, from memory, from the disk cache or from make(), which reads `path`."""
+        value = self._cache.get((kind, i))
         if value is None:
-            value = make()
+            value = self._disk.get(kind, path, make) if self._disk and path else make()
             worker = torch.utils.data.get_worker_info()  # each of the processes has a part of the room
-            if value.nbytes <= self._room - (CACHE_BYTES * (1 - 1 / worker.num_workers) if worker else 0):
-                self._room -= value.nbytes
-                self._cache[key] = value
+            with _ROOM:
+                room = self._room - (CACHE_BYTES * (1 - 1 / worker.num_workers) if worker else 0)
+                if value.nbytes <= room and (kind, i) not in self._cache:
+                    self._room -= value.nbytes
+                    self._cache[kind, i] = value
         return value
 
     def image(self, i: int) -> Tensor:
         """(3, h, w) uint8, resized with an antialiasing bilinear filter."""
         def make():
-            image = read_image(self.samples[i].image)
+            image = read_image(path)
             if image.size != self.size[::-1]:
                 image = image.resize(self.size[::-1], Image.BILINEAR)
             return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-        return self._cached(("image", i), make)
+        path = self.samples[i].image
+        return self._cached("image", i, path, make)
 
     def native_label(self, i: int) -> np.ndarray:
         """(H, W) uint8 train ids at the label's own resolution."""
@@ -650,7 +771,7 @@ class Scenes:
                 return torch.full(self.size, IGNORE, dtype=torch.uint8)
             label = Image.fromarray(self.native_label(i))
             return torch.from_numpy(np.asarray(label.resize(self.size[::-1], Image.NEAREST)).copy())
-        return self._cached(("label", i), make)
+        return self._cached("label", i, self.samples[i].label, make)
 
 
 class Augmented(Scenes):

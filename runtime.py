@@ -146,7 +146,9 @@ KEYS = {
     "device": Key("auto", "str", "auto (CUDA if there is one), cpu, cuda or cuda:N"),
     "precision": Key("auto", "choice", "arithmetic of the networks; auto is bfloat16 where the device has it",
                      choices=("auto", "float32", "bfloat16")),
-    "workers": Key(0, "int", "processes that read images; 0 reads in the training process", 0, 256),
+    "workers": Key(0, "int", "processes that read images ahead; 0 reads ahead in a thread of the training process", 0, 256),
+    "cache": Key(None, "str", "folder that keeps resized images and labels between runs; null keeps them in memory only",
+                 null=True),
     "log_every": Key(20, "int", "steps between two lines of the log", 1),
     "sheet_every": Key(500, "int", "steps between two image sheets", 1),
     "save_every": Key(500, "int", "steps between two checkpoints", 1),
@@ -230,7 +232,7 @@ KEYS = {
 }
 # Keys that cannot change what a run computes; a resumed run may change them. (Of the roots, the checkpoint keeps a digest
 # of what lies there: data may move to a faster disk.)
-FREE_KEYS = ("name", "output", "device", "workers", "log_every", "sheet_every", "save_every", "eval.batch",
+FREE_KEYS = ("name", "output", "device", "workers", "cache", "log_every", "sheet_every", "save_every", "eval.batch",
              "source.root", "target.root")  # fmt: skip
 # Keys that a resumed run may raise, where the steps so far did not depend on them. Every other key is refused.
 GROWING_KEYS = {
