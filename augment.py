@@ -22,9 +22,9 @@ from PIL import Image
 from datasets import Augmented, Scenes, read_image, to_float
 from models import build_generator
 from runtime import (
-    THREADS, Run, UserError, atomic_write, autocast, command_line, load_checkpoint, load_weights, make_folder, make_sheet,
-    prefetch, random_generator, refuse_changes, refuse_data, run_main, stage_config, to_uint8, weights_digest, write_json,
-    writing,
+    THREADS, Run, UserError, atomic_write, autocast, command_line, gather, load_checkpoint, load_weights, make_folder,
+    make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, stage_config, to_uint8,
+    weights_digest, world, write_json, writing,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
@@ -118,16 +118,18 @@ def main() -> None:
     batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
     todo = [b for b, some in enumerate(batches, 1)
             if any(files[i].relative_to(folder).as_posix() not in done or not files[i].is_file() for i in some)]
+    todo = gather(todo)[0]  # nobody begins before all have looked
     guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in range(len(files))]
     sheet_file = folder / "sheets" / f"augmented-{len(batches):07d}.png"
     if not todo and sheet_file.exists():
         print(f"augment: {len(files)} images are there, made by generator {generator}; nothing to do")
         return
-    make_folder(folder)
-    write_json(identity_file, identity)
-    # A line that was torn when the disk filled up or the power went must not swallow the next one.
-    lines = "".join(json.dumps(line) + "\n" for line in done.values())
-    atomic_write(folder / "manifest.jsonl", lambda file: file.write(lines.encode()))
+    if rank() == 0:
+        make_folder(folder)
+        write_json(identity_file, identity)
+        # A line that was torn when the disk filled up or the power went must not swallow the next one.
+        lines = "".join(json.dumps(line) + "\n" for line in done.values())
+        atomic_write(folder / "manifest.jsonl", lambda file: file.write(lines.encode()))
     G = G.to(run.device, memory_format=torch.channels_last).eval()
     print(f"augment: {len(files)} images of generator {generator}, {len(todo)} batches of {size} to make")
 
@@ -138,33 +140,40 @@ def main() -> None:
     def read(i):
         return source.image(i % n), target.image(guides[i])
 
+    # Several processes take turns, batch by batch. One that has none in the last round takes part with nothing in hand.
+    own = todo[rank() :: world()] + [None] * (len(todo) % world() > 0 and rank() >= len(todo) % world())
+
     def read_batches():  # two batches ahead of the generator
-        ready = prefetch((i for b in todo for i in batches[b - 1]), read, 2 * size, THREADS)
-        for b in todo:
-            yield (b, *map(torch.stack, zip(*islice(ready, len(batches[b - 1])), strict=True)))
+        ready = prefetch((i for b in own if b for i in batches[b - 1]), read, 2 * size, THREADS)
+        for b in own:
+            yield (b, *map(torch.stack, zip(*islice(ready, len(batches[b - 1])), strict=True))) if b else (b, None, None)
 
     def finish(b, written, mean):
         for one in written:
             one.result()
-        some = batches[b - 1]
-        run.log(b, images=len(some), mean=mean)
         # The manifest comes last: what it lists is there and logged.
-        lines = [json.dumps({
-            "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
-            "generator": generator, "seed": cfg.seed,
-        }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
-        with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-            manifest.write("".join(lines))
+        for number, value in [one for one in gather((b, mean)) if one[0]]:
+            some = batches[number - 1]
+            run.log(number, images=len(some), mean=value)
+            lines = [json.dumps({
+                "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
+                "generator": generator, "seed": cfg.seed,
+            }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
+            if rank() == 0:
+                with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+                    manifest.write("".join(lines))
 
     # A batch is written while the next one is generated, and finished, in order, before the one after that.
     unfinished = deque()
     with ThreadPoolExecutor() as pool:
-        for _, (b, x_s, x_t) in run.progress(read_batches(), len(todo), "augment", redo={*todo}):
-            with torch.inference_mode(), autocast(run.device, run.precision):
-                x_g = [to_uint8(x) for x in G(to_float(x_s, run.device), to_float(x_t, run.device))]
-            written = [pool.submit(write, files[i], x) for i, x in zip(batches[b - 1], x_g, strict=True)]
-            unfinished.append((b, written, np.mean(x_g) / 127.5 - 1))
-            while len(unfinished) > (b != todo[-1]):
+        for step, (b, x_s, x_t) in run.progress(read_batches(), len(own), "augment", redo={*todo}):
+            x_g = []
+            if b:
+                with torch.inference_mode(), autocast(run.device, run.precision):
+                    x_g = [to_uint8(x) for x in G(to_float(x_s, run.device), to_float(x_t, run.device))]
+            written = [pool.submit(write, files[i], x) for i, x in zip(batches[b - 1] if b else (), x_g, strict=True)]
+            unfinished.append((b, written, np.mean(x_g) / 127.5 - 1 if b else None))
+            while len(unfinished) > (step < len(own)):
                 finish(*unfinished.popleft())
 
     rows = [[source.image(i % n).permute(1, 2, 0).numpy(), np.asarray(read_image(str(files[i]))),

@@ -27,8 +27,9 @@ from datasets import Scenes, class_list, colourise, header_size, read_image, to_
 from losses import IGNORE
 from models import build_segmenter
 from runtime import (
-    THREADS, UserError, VARIANTS, atomic_write, autocast, behind, command_line, environment, get_device, get_precision,
-    load_checkpoint, load_weights, make_folder, make_sheet, prefetch, refuse_changes, run_main, stage_config, write_json,
+    THREADS, UserError, VARIANTS, all_sum, atomic_write, autocast, behind, command_line, environment, gather, get_device,
+    get_precision, load_checkpoint, load_weights, make_folder, make_sheet, prefetch, rank, refuse_changes, run_main,
+    stage_config, world, write_json,
 )  # fmt: skip
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which the papers on SYNTHIA report beside mIoU
@@ -87,15 +88,19 @@ def load_network(cfg, which: str, classes: dict, device, precision: str):
 
 
 @torch.inference_mode()
-def predictions(predict, read, indices, batch: int, device, title: str):
+def predictions(predict, read, indices, batch: int, device, title: str, alone: bool = False):
     """Yields (i, logits (C, h, w) float32, more) for each of the indices, in order.
+
+    Several processes take turns, batch by batch, so that every image is in the same batch whatever their number; alone:
+    this process takes all.
 
     read(i): ((3, h, w) uint8, more), called in threads up to two batches ahead of the network; more: whatever else belongs
     to the image. predict(x: (N, 3, h, w) in [-1, 1]): each image's logits.
     """
-    ready = prefetch(indices, read, 2 * batch, THREADS)
-    for first in tqdm(range(0, len(indices), batch), title, mininterval=1, leave=False):
-        some = indices[first : first + batch]
+    batches = [indices[first : first + batch] for first in range(0, len(indices), batch)]
+    batches = batches if alone else batches[rank() :: world()]
+    ready = prefetch((i for some in batches for i in some), read, 2 * batch, THREADS)
+    for some in tqdm(batches, title, mininterval=1, leave=False, disable=rank() > 0):
         images, more = zip(*islice(ready, len(some)), strict=True)
         x = to_float(torch.stack(images), device)
         yield from ((i, z.float(), m) for i, z, m in zip(some, predict(x), more, strict=True))
@@ -111,7 +116,8 @@ def classify(z: torch.Tensor, size) -> torch.Tensor:
 def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen=None) -> torch.Tensor:
     """Confusion matrix (C, C) int64 of `predict` (see predictions) over all scenes, each at its label's own size.
 
-    It is summed on the device image by image. seen(i, prediction (H, W)), where given, is called for each.
+    It is summed on the device image by image, then over the processes. seen(i, prediction (H, W)), where given, is
+    called for each image of this process.
     """
     def read(i):
         return scenes.image(i), torch.from_numpy(scenes.native_label(i))
@@ -124,7 +130,7 @@ def evaluate_model(predict, scenes: Scenes, batch: int, device, title: str, seen
         confusion += confusion_matrix(label, prediction, classes)
         if seen:
             seen(i, prediction)
-    return confusion.cpu()
+    return all_sum(confusion).cpu()
 
 
 def output_folder(path: str, data: str | None, option: str) -> Path:
@@ -191,6 +197,7 @@ def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -
     with behind(2 * THREADS) as submit:
         for i, z, size in predictions(predict, read, range(len(paths)), cfg.eval.batch, device, "predict"):
             submit(write, i, classify(z, size).cpu().numpy())
+    gather(None)
     other = len(files) - len(paths)
     print(f"written: {out}/train_ids, colour and overlay of {len(paths)} images"
           + (f"; {other} files in {images} are neither PNG nor JPEG and were left out" if other else ""))
@@ -337,6 +344,10 @@ def main() -> None:
 
             for i, z, size in predictions(predict, read, range(len(scenes)), cfg.eval.batch, device, "predict"):
                 seen(i, classify(z, size))
+    for more in gather([*sizes]):
+        sizes |= dict.fromkeys(more)
+    if rank():
+        return
     if export:
         print(f"written: {len(scenes)} label-id PNGs below {export}")
     if not labels:
@@ -362,7 +373,7 @@ def main() -> None:
     write_json(out, result)
 
     shown, rows = [int(i) for i in np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int))], []
-    for i, z, image in predictions(predict, lambda i: 2 * (scenes.image(i),), shown, 1, device, "sheet"):
+    for i, z, image in predictions(predict, lambda i: 2 * (scenes.image(i),), shown, 1, device, "sheet", True):
         pictures = colourise(scenes.label(i), classes), colourise(classify(z, scenes.size).cpu(), classes)
         rows.append([image.permute(1, 2, 0).numpy(), *pictures])
     save_png(out.with_suffix(".png"), make_sheet(["target image", "label", f"{variant} {args.model}"], rows))

@@ -501,6 +501,15 @@ def agree(*values: int) -> list[int]:
     return largest.tolist()
 
 
+def gather(thing) -> list:
+    """Every process's `thing` (whatever can be pickled), in their order; all wait for the slowest."""
+    if world() == 1:
+        return [thing]
+    things = [None] * world()
+    dist.all_gather_object(things, thing)
+    return things
+
+
 def parallel(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """`net` in DistributedDataParallel: a backward pass averages its gradients over the processes. One process: `net`."""
     if world() == 1:
@@ -941,12 +950,14 @@ class Run:
                         "precision=float32")
 
     def log(self, step: int, **scalars) -> None:
-        """Writes scalars, means over the processes, to log.jsonl, TensorBoard and the progress bar.
+        """Writes scalars to log.jsonl, TensorBoard and the progress bar: numbers, and of tensors the mean over the processes.
 
         Raises UserError for one that is not finite.
         """
-        mean = all_sum(torch.tensor([_number(value) for value in scalars.values()], dtype=torch.float64)) / world()
-        values = dict(zip(scalars, mean.tolist(), strict=True))
+        values = {name: _number(value) for name, value in scalars.items()}
+        tensors = [name for name, value in scalars.items() if isinstance(value, torch.Tensor)]
+        means = all_sum(torch.tensor([values[name] for name in tensors], dtype=torch.float64)) / world()
+        values |= dict(zip(tensors, means.tolist(), strict=True))
         for name, value in values.items():
             if not np.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is of step {self.saved}")

@@ -72,10 +72,9 @@ def test_two_processes_are_one_with_the_whole_batch(steps):
     close(one, two, 1e-9)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_accumulated_parts_are_the_whole_batch(steps, processes):
+def test_accumulated_parts_are_the_whole_batch(steps):
     """Without batch norm and its statistics of parts, the parts one after the other are the batch. (Dropout draws anew.)"""
-    whole, parts = steps(1, 1, 0), steps(processes, 4 // processes, 0)
+    whole, parts = steps(1, 1, 0), steps(2, 2, 0)
     for name in ("L_rec", "L_D", "L_GAN", "L_sem"):  # G and D have neither batch norm nor dropout
         torch.testing.assert_close(whole["losses"][name], parts["losses"][name], atol=1e-9, rtol=1e-9)
     close({k: whole["weights"][k] for k in ("G", "D")}, {k: parts["weights"][k] for k in ("G", "D")}, 1e-9)
@@ -123,15 +122,14 @@ def test_augmented_images_do_not_depend_on_the_number_of_processes(runs, tmp_pat
     assert outcome(tmp_path / "run/augmented") == outcome(one / "augmented")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_sharded_confusion_matrix_is_exact(runs, tmp_path, processes):
-    """Five images for two and for three processes: every one counted once."""
+def test_the_sharded_confusion_matrix_is_exact(runs, tmp_path):
+    """Five images in batches of three for three processes, one of which has nothing to do: every one counted once."""
     config, one, _, _ = runs
     (tmp_path / "run").mkdir()
     os.symlink(one / "selfens", tmp_path / "run/selfens")
-    finish(processes, "evaluate.py", config, f"output={tmp_path}", "--export", tmp_path / "png")
+    finish(3, "evaluate.py", config, f"output={tmp_path}", "--export", tmp_path / "png")
     a, b = (json.loads((folder / "eval/tgcf_da_se_teacher_val.json").read_text()) for folder in (one, tmp_path / "run"))
-    assert a["images"] % processes and a["confusion"] == b["confusion"] and a["miou"] == b["miou"]
+    assert a["images"] == 5 and a["confusion"] == b["confusion"] and a["miou"] == b["miou"]
     assert len(list((tmp_path / "png").rglob("*.png"))) == a["images"]
 
 
@@ -161,8 +159,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     assert steps[: done + 3] == list(range(1, done + 4))
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
-def test_a_process_that_dies_takes_the_others_along(runs, tmp_path, how):
+def test_a_process_that_dies_takes_the_others_along(runs, tmp_path):
     """Within a minute, with its error shown: a job that hangs on three of four GPUs costs a night."""
     config, _, _, _ = runs
     process = torchrun(2, "train_selfens.py", config, f"output={tmp_path}", "selfens.variant=source_only",
@@ -173,8 +170,8 @@ def test_a_process_that_dies_takes_the_others_along(runs, tmp_path, how):
         time.sleep(0.01)
     children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
     start = time.monotonic()
-    os.kill(int(children[-1]), getattr(signal, how))
+    os.kill(int(children[-1]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - start < 60 and process.returncode
-    assert how in errors and "error: process" in errors
+    assert "SIGKILL" in errors and "error: process" in errors
     assert load_checkpoint(log.with_name("last.pt"), "")["step"] >= 2
