@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import signal
 import struct
 import subprocess
@@ -45,14 +46,56 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line that is shown."""
 
 
+def one_line(text: str, limit: int = 2000) -> str:
+    """A text as one printable line: what is not printable is escaped, and the middle of what is too long left out."""
+    if len(text) > limit:  # the start names the key or the file, the end is the mend
+        text = f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, 20, 80, 80, 80
+
+
+def shown(value) -> str:
+    """repr(value) for an error message, cut short however long, deep or recursive the value is."""
+    try:
+        return one_line(_repr.repr(value), 400)
+    except ValueError:  # Python does not write whole numbers of more than 4300 digits
+        return f"a {type(value).__name__} of enormous numbers"
+
+
 # ---------------------------------------------------------------------------------------------- configuration keys
 
+# Bytes of a text and of a config file, characters of a name, values in one key: far beyond use, and harmless.
+MAX_TEXT, MAX_FILE, MAX_NAME, MAX_LIST, MAX_INTS = 1024, 1_000_000, 200, 100_000, 64
 
-def _plain(value) -> bool:
-    """Whether a value of a mapping is a text, a whole number or a list of such: what JSON and YAML write alike."""
-    if isinstance(value, list):
-        return all(_plain(v) for v in value)
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
+
+def _check_text(value) -> None:
+    """Raises ValueError for what is no text, or could be no file's path."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError
+    raw = value.encode()  # half of a surrogate pair is no character: UnicodeEncodeError, which is a ValueError
+    if len(raw) > MAX_TEXT or max(map(len, raw.split(b"/"))) > 255:
+        raise ValueError(f"longer than {MAX_TEXT} bytes, or than 255 between two '/'")
+
+
+def _check_plain(value, depth: int) -> int:
+    """How many texts and whole numbers a value holds: one, or a list of them, or lists within `depth` lists.
+
+    These are what JSON and YAML write alike. Raises ValueError for anything else. A list that stands in many places
+    (YAML's anchors) is counted in each, because going through the value costs as much.
+    """
+    if isinstance(value, list) and depth:
+        total = 0
+        for v in value:
+            total += _check_plain(v, depth - 1)
+            if total > MAX_LIST:
+                raise ValueError(f"more than {MAX_LIST} values")
+        return max(1, total)
+    if type(value) is not int or abs(value) >= 1 << 32:
+        _check_text(value)
+    return 1
 
 
 @dataclass(frozen=True)
@@ -75,16 +118,14 @@ class Key:
             words = "true | false"
         elif self.kind in ("int", "float"):
             noun = {"int": "whole number", "float": "number"}[self.kind]
-            if self.high is None:
-                words = f"{noun}, {self.low:g} or more"
-            else:
-                words = f"{noun}, {self.low:.10g} to {self.high:.10g}"
+            high = {None: " or more", STEPS: " to 10^9"}.get(self.high, f" to {self.high or 0:.10g}")
+            words = f"{noun}, {self.low:.10g}{high}"
         else:
             words = {
                 "str": "text",
                 "name": "letters, digits, '.', '_', '-'",
-                "size": "[height, width]",
-                "ints": f"list of whole numbers, {self.low or 0:g} or more",
+                "size": f"[height, width], each {self.low} to {self.high}",
+                "ints": f"list of whole numbers, {self.low} to {self.high}",
                 "texts": "list of texts, numbers in quotes",
                 "map": "mapping of names to whole numbers, texts or lists",
             }[self.kind]
@@ -102,39 +143,47 @@ class Key:
             raise ValueError
         if self.kind in ("int", "float"):
             # YAML 1.1 reads 1e-4 (no dot) as text; people write it all the same.
-            number = float(value) if self.kind == "float" and isinstance(value, str) else value
+            number = value
+            if self.kind == "float" and isinstance(value, str):
+                with suppress(ValueError):
+                    number = float(value)
             if isinstance(number, bool) or not isinstance(number, int if self.kind == "int" else (int, float)):
                 raise ValueError
-            if not self.low <= number <= (float("inf") if self.high is None else self.high) or number == float("inf"):
+            if not self.low <= number <= (1e38 if self.high is None else self.high):  # 1e38: what float32 can hold
                 raise ValueError
             return number if self.kind == "int" else float(number)
         if self.kind in ("size", "ints"):
             if not isinstance(value, (list, tuple)) or not value or (self.kind == "size" and len(value) != 2):
                 raise ValueError
-            if any(isinstance(v, bool) or not isinstance(v, int) or v < (self.low or 0) for v in value):
+            if len(value) > MAX_INTS:
+                raise ValueError(f"more than {MAX_INTS}")
+            if any(type(v) is not int or not self.low <= v <= self.high for v in value):
                 raise ValueError
             return list(value)
         if self.kind == "texts":
-            if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
+            if not isinstance(value, (list, tuple)):
                 raise ValueError
+            for v in value:
+                _check_text(v)
             return list(value)
         if self.kind == "map":
-            if not isinstance(value, dict) or not value or not all(isinstance(k, str) and k for k in value):
+            if not isinstance(value, dict) or not value:
                 raise ValueError
-            if not all(_plain(v) for v in value.values()):
-                raise ValueError
+            for name in value:
+                _check_text(name)
+            _check_plain([*value.values()], 3)
             return value
-        if not isinstance(value, str) or not value or "\0" in value:
-            raise ValueError
+        _check_text(value)
         if self.kind == "choice" and value not in self.choices:
             raise ValueError
-        if self.kind == "name" and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value):
+        if self.kind == "name" and not re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}", value):
             raise ValueError
         return value
 
 
 SCHEDULES = ("poly", "linear", "constant")
 SCHEDULE = "poly: (1 - step/steps)^0.9, linear: from half of the steps to 0, constant: steps may be raised later"
+STEPS, SIDE = 10**9, 1 << 14  # highest number of steps, and of pixels along a side
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 
 # The default is the built-in job: streets, small enough for 2 CPU cores. Where the paper's own value is not known the
@@ -149,17 +198,17 @@ KEYS = {
     "workers": Key(0, "int", "processes that read images ahead; 0 reads ahead in a thread of the training process", 0, 256),
     "cache": Key(None, "str", "folder that keeps resized images and labels between runs; null keeps them in memory only",
                  null=True),
-    "log_every": Key(20, "int", "steps between two lines of the log", 1),
-    "sheet_every": Key(500, "int", "steps between two image sheets", 1),
-    "save_every": Key(500, "int", "steps between two checkpoints", 1),
+    "log_every": Key(20, "int", "steps between two lines of the log", 1, STEPS),
+    "sheet_every": Key(500, "int", "steps between two image sheets", 1, STEPS),
+    "save_every": Key(500, "int", "steps between two checkpoints", 1, STEPS),
     "flip": Key(True, "bool", "mirror half of the training images left to right, labels with them"),
     "classes": Key("auto", "str", "class list; auto takes the one that source and target share"),
     "class_colours": Key(None, "map", "a class list of your own, {class: [R, G, B]}, in the order of the train ids", null=True),
 
     "source.dataset": Key("streets", "str", "labelled data set, a table in datasets.py, or folder"),
     "source.root": Key(None, "str", "its folder; streets needs none", null=True),
-    "source.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
-    "source.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
+    "source.size": Key([96, 160], "size", "images are resized to this, pixels", 8, SIDE),
+    "source.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, 10**6, null=True),
     "source.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
     "source.files": Key(None, "map", "folder: {split: [images, labels]}, patterns below root, labels optional", null=True),
     "source.read": Key(None, "choice", "folder: what is a label's id: index (one channel), red, red16 (16 bit), rgb (colour)",
@@ -167,8 +216,8 @@ KEYS = {
     "source.ids": Key(None, "map", "{class: ids, or [R, G, B]s} onto the class list; class 'ignore': of none", null=True),
     "target.dataset": Key("streets", "str", "unlabelled data set, a table in datasets.py, or folder"),
     "target.root": Key(None, "str", "its folder; streets needs none", null=True),
-    "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8),
-    "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, null=True),
+    "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8, SIDE),
+    "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, 10**6, null=True),
     "target.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
     "target.files": Key(None, "map", "folder: {split: [images, labels]}, patterns below root, labels optional", null=True),
     "target.read": Key(None, "choice", "folder: what is a label's id: index (one channel), red, red16 (16 bit), rgb (colour)",
@@ -180,46 +229,47 @@ KEYS = {
     "fseg.width": Key(0.25, "float", "channels of FCN-8s relative to the published ones", 0.01, 4),
     "fseg.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
     "fseg.dropout": Key(0.5, "float", "dropout probability after fc6 and fc7", 0, 0.99),
-    "fseg.steps": Key(800, "int", "training steps of f_seg", 0),
-    "fseg.batch": Key(16, "int", "source images per step, over all processes", 1),
-    "fseg.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
+    "fseg.steps": Key(800, "int", "training steps of f_seg", 0, STEPS),
+    "fseg.batch": Key(16, "int", "source images per step, over all processes", 1, 4096),
+    "fseg.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1, 4096),
     "fseg.lr": Key(1e-3, "float", "Adam learning rate", 0),
     "fseg.schedule": Key("poly", "choice", "of the learning rate; " + SCHEDULE, choices=SCHEDULES),
-    "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
 
-    "gan.steps": Key(2200, "int", "training steps of G and D", 0),
-    "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0),
-    "gan.batch": Key(4, "int", "source and target images per step, over all processes", 1),
-    "gan.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
-    "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "gan.steps": Key(2200, "int", "training steps of G and D", 0, STEPS),
+    "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0,
+                            STEPS),
+    "gan.batch": Key(4, "int", "source and target images per step, over all processes", 1, 4096),
+    "gan.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1, 4096),
+    "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
     "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G", 0),
     "gan.lr_d": Key(1e-3, "float", "Adam learning rate of D", 0),
     "gan.schedule": Key("linear", "choice", "of both learning rates, as in fseg.schedule", choices=SCHEDULES),
     "gan.weight_decay": Key(1e-4, "float", "L2 weight decay of both optimisers", 0),
-    "gan.width": Key(16, "int", "channels of G's first layer (MUNIT: 64)", 1),
-    "gan.style_dim": Key(8, "int", "length of the style vector", 1),
-    "gan.mlp_dim": Key(64, "int", "hidden units of the MLP from style to AdaIN parameters (MUNIT: 256)", 1),
+    "gan.width": Key(16, "int", "channels of G's first layer (MUNIT: 64)", 1, 4096),
+    "gan.style_dim": Key(8, "int", "length of the style vector", 1, 4096),
+    "gan.mlp_dim": Key(64, "int", "hidden units of the MLP from style to AdaIN parameters (MUNIT: 256)", 1, 16384),
     "gan.downsamples": Key(2, "int", "strided convolutions of the source encoder", 0, 6),
-    "gan.res_blocks": Key(3, "int", "residual blocks in the encoder, and in the decoder (MUNIT: 4)", 1),
-    "gan.d_width": Key(32, "int", "channels of D's first layer (MUNIT: 64)", 1),
+    "gan.res_blocks": Key(3, "int", "residual blocks in the encoder, and in the decoder (MUNIT: 4)", 1, 64),
+    "gan.d_width": Key(32, "int", "channels of D's first layer (MUNIT: 64)", 1, 4096),
     "gan.d_layers": Key(3, "int", "strided convolutions per scale of D (MUNIT: 4)", 1, 8),
     "gan.d_scales": Key(3, "int", "image scales D looks at (MUNIT: 3)", 1, 6),
 
-    "augment.styles_per_image": Key(3, "int", "generated images per source image, each with its own guide", 1),
-    "augment.batch": Key(8, "int", "images generated at a time", 1),
+    "augment.styles_per_image": Key(3, "int", "generated images per source image, each with its own guide", 1, 1000),
+    "augment.batch": Key(8, "int", "images generated at a time", 1, 4096),
 
     "selfens.variant": Key("tgcf_da_se", "choice", "row of the paper's table", choices=VARIANTS),
     "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),
     "selfens.width": Key(0.25, "float", "channels of the DeepLab VGG-16 relative to the published ones", 0.01, 4),
     "selfens.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
-    "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1),
+    "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1, 1024),
     "selfens.dropout": Key(0.3, "float", "dropout probability in ASPP, student and teacher", 0, 0.99),
-    "selfens.steps": Key(600, "int", "student updates", 0),
-    "selfens.batch": Key(4, "int", "images per domain and step, over all processes", 1),
-    "selfens.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1),
-    "selfens.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, null=True),
+    "selfens.steps": Key(600, "int", "student updates", 0, STEPS),
+    "selfens.batch": Key(4, "int", "images per domain and step, over all processes", 1, 4096),
+    "selfens.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1, 4096),
+    "selfens.crop": Key(None, "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "selfens.lr": Key(1e-3, "float", "Adam learning rate", 0),
     "selfens.schedule": Key("poly", "choice", "of the learning rate, as in fseg.schedule", choices=SCHEDULES),
     "selfens.weight_decay": Key(1e-4, "float", "L2 weight decay", 0),
@@ -228,7 +278,7 @@ KEYS = {
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
 
-    "eval.batch": Key(8, "int", "images predicted at a time", 1),
+    "eval.batch": Key(8, "int", "images predicted at a time", 1, 4096),
 }
 # Keys that cannot change what a run computes; a resumed run may change them. (Of the roots, the checkpoint keeps a digest
 # of what lies there: data may move to a faster disk.)
@@ -253,28 +303,66 @@ def describe(flat: dict) -> str:
         section = head
         value = flat[key]
         if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z./_][\w./_-]*", value) or yaml.safe_load(value) != value:
-            value = json.dumps(value)  # quoted where YAML would read it as something else
+            # Quoted where YAML would read it as something else. JSON writes two halves where YAML knows one character.
+            value = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))
         lines.append(f"{'  ' if head else ''}{leaf}: {value}".ljust(32) + f"  # {spec.help} ({spec.range()})")
     return "\n".join(lines) + "\n"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key written twice instead of keeping the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node.value, str) else None
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+TYPED = ("null", "bool", "int", "float")  # YAML's scalars that are no text
 
 
-def _yaml(text: str, where: str):
+def _value(loader: yaml.SafeLoader, node: yaml.Node, path: str, built: dict):
+    """A YAML node as None, bool, int, float, str, list or dict. Raises UserError, with the key, for anything else.
+
+    Nothing else is ever built, whatever its tag says. path: the dotted key; built: {id(node): value}, so that anchors of
+    anchors of anchors cost no more than their text, and one that holds itself is noticed.
+    """
+    if id(node) in built:
+        if built[id(node)] is node:
+            raise UserError(f"'{path}' holds itself; remove the anchor")
+        return built[id(node)]
+    built[id(node)] = node
+    here = f"'{path}'" if path else "the top level"
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if isinstance(node, yaml.MappingNode) and tag == "map":
+        value = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{here} has a key that is a list or a mapping; keys are texts")
+            key = _value(loader, key_node, path, built)
+            dotted = f"{path}.{key}" if path else f"{key}"
+            if key in value:
+                raise UserError(f"key '{dotted}' stands twice")
+            value[key] = _value(loader, value_node, dotted, built)
+    elif isinstance(node, yaml.SequenceNode) and tag == "seq":
+        value = [_value(loader, item, path, built) for item in node.value]
+    elif not isinstance(node, yaml.ScalarNode) or tag not in (*TYPED, "str", "timestamp", "value", "merge"):
+        raise UserError(f"{here} has the tag {node.tag}; write plain values without tags")
+    elif tag in ("int", "float") and len(node.value) > 400:
+        value = float("inf")  # every key refuses it by its name; taking so many digits as a number would take long
+    elif tag in TYPED:
+        try:
+            value = getattr(loader, f"construct_yaml_{tag}")(node)
+        except (ValueError, OverflowError, KeyError):
+            raise UserError(f"{here} cannot be read as {tag}: {shown(node.value)}") from None
+    else:
+        value = node.value  # a date, '=' and '<<' are texts like any other here
+    built[id(node)] = value
+    return value
+
+
+def _yaml(text: str, where: str, path: str = ""):
+    """YAML text as plain values. Raises UserError that names `where` and the key, below `path`, or the line."""
     try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        return None if node is None else _value(loader, node, path, {})
+    except UserError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: brackets or sections too deep within each other") from None
+    except Exception as error:  # beside YAMLError whatever a wrong escape or number makes Python itself raise
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -291,14 +379,15 @@ def _leaves(tree: dict, where: str, prefix: str = ""):
 
 def _put(flat: dict, key: str, value, where: str):
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1, 0.4)
+        near = difflib.get_close_matches(key[:80], KEYS, 1, 0.4)
         leaf = [known for known in KEYS if known.rpartition(".")[2] == key]
         hint = f"; did you mean '{(leaf or near)[0]}'?" if leaf or near else "; --help lists the keys"
-        raise UserError(f"{where}: unknown key {key!r}{hint}")
+        raise UserError(f"{where}: unknown key {shown(key)}{hint}")
     try:
         flat[key] = KEYS[key].parse(value)
-    except (ValueError, OverflowError):
-        raise UserError(f"{where}: '{key}' must be {KEYS[key].range()}, not {value!r}") from None
+    except ValueError as error:
+        reason = f" ({error})" if error.args else ""
+        raise UserError(f"{where}: '{key}' must be {KEYS[key].range()}, not {shown(value)}{reason}") from None
 
 
 def load_config(path: str | None, overrides: list[str] = ()) -> SimpleNamespace:
@@ -310,19 +399,27 @@ def load_config(path: str | None, overrides: list[str] = ()) -> SimpleNamespace:
     flat = {key: spec.default for key, spec in KEYS.items()}
     if path is not None:
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_FILE + 1)
+            text = raw.decode()
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read as a config ({getattr(error, 'strerror', 0) or error})") from None
+        if len(raw) > MAX_FILE:
+            raise UserError(f"{path}: longer than {MAX_FILE} bytes, which no config is; give the YAML file")
         tree = _yaml(text, path)
         if not isinstance(tree, dict | None):
             raise UserError(f"{path}: a config is a list of 'key: value' lines, not {type(tree).__name__}")
+        seen = set()
         for key, value in _leaves(tree or {}, path):
             _put(flat, key, value, path)
+            if key in seen:  # once as 'gan.steps', and once as 'steps' below 'gan'
+                raise UserError(f"{path}: key '{key}' stands twice")
+            seen.add(key)
     for item in overrides:
         key, _, text = item.partition("=")
-        _put(flat, key, _yaml(text, f"command line, {key}"), "command line")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flat["device"]):
-        raise UserError(f"{path or 'command line'}: 'device' must be auto, cpu, cuda or cuda:N, not {flat['device']!r}")
+        _put(flat, key, _yaml(text, f"command line, {key}", key), "command line")
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", flat["device"]):  # torch's own limit is 127
+        raise UserError(f"{path or 'command line'}: 'device' must be auto, cpu, cuda or cuda:N, not {shown(flat['device'])}")
     return nested(flat)
 
 
@@ -361,7 +458,7 @@ def command_line(doc: str, sections: tuple, add_arguments=None, argv=None):
     if add_arguments:
         add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
-    files = [item for item in args.items if "=" not in item or Path(item).is_file()]
+    files = [item for item in args.items if "=" not in item or os.path.isfile(item)]
     if len(files) > 1:
         raise UserError(f"command line: one config file, not {len(files)} ({', '.join(files)}); overrides are key=value")
     path = files[0] if files else "cfg.yaml"
@@ -396,7 +493,7 @@ def run_main(main) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    print(f"error: {line}" if world() == 1 else f"error: process {rank()}: {line}", file=sys.stderr)
+    print(f"error: {one_line(line)}" if world() == 1 else f"error: process {rank()}: {one_line(line)}", file=sys.stderr)
     sys.exit(2)
 
 

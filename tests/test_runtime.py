@@ -77,7 +77,7 @@ def test_values_arrive_in_their_own_type(item, expected):
 
 @pytest.mark.parametrize("item, range_", [
     ("gan.steps=many", "whole number"), ("gan.steps=1.5", "whole number"), ("gan.steps=true", "whole number"),
-    ("gan.steps='3'", "whole number"), ("seed=-1", "whole number, 0 to"), ("gan.batch=0", "1 or more"),
+    ("gan.steps='3'", "whole number"), ("seed=-1", "whole number, 0 to"), ("gan.batch=0", "1 to 4096"),
     ("gan.lr_g=-1", "0 or more"), ("gan.lr_g=.nan", "number"), ("gan.lr_g=nan", "number"), ("gan.lr_g=.inf", "number"),
     ("gan.lr_g=inf", "number"), ("gan.lr_g=1e999", "number"), ("gan.lr_g=true", "number"), ("gan.lr_g=null", "number"),
     ("gan.lr_g=[1]", "number"), ("selfens.ema_decay=1.01", "0 to 1"), ("flip=1", "true | false"), ("flip='no'", "true | false"),
@@ -87,6 +87,12 @@ def test_values_arrive_in_their_own_type(item, expected):
     ("name=a/b", "letters, digits"), ("name=..", "letters, digits"), ("name=null", "letters, digits"),
     ("output=3", "text"), ("device=tpu", "cpu"),
     ("gan.lr_g=" + "9" * 400, "number"),
+    ("gan.steps=1000000001", "0 to 10^9"), ("gan.steps=0x" + "f" * 5000, "0 to 10^9"),
+    ("seed=" + "1:" * 300 + "1", "whole number"),
+    ("source.size=[8, 16385]", "each 8 to 16384"), ("selfens.aspp_rates=[" + "1," * 65 + "]", "more than 64"),
+    ("output=" + "a" * 256, "255 between"), ("output=" + "a/" * 600, "1024 bytes"), ('output="\\ud800"', "surrogate"),
+    ("device=cuda:\u0663", "cuda:N"), ("device=cuda:100", "cuda:N"), ("name=" + "a" * 201, "letters, digits"),
+    ("source.exclude=[2020-99-99, 1:2, {a: b}]", "list of texts"), ("source.ids={a: [[[1]]]}", "mapping of names"),
 ])  # fmt: skip
 def test_wrong_values_name_the_key_and_its_range(item, range_):
     """NaN passes every comparison and true is an int in Python: each wrong value must be told with what is right."""
@@ -115,7 +121,7 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("seed: 1\nseed: 2\n", ["'seed' stands twice"]), ("gan:\n  steps: 1\n  steps: 2\n", ["'steps' stands twice"]),
+    ("seed: 1\nseed: 2\n", ["'seed' stands twice"]), ("gan:\n  steps: 1\n  steps: 2\n", ["'gan.steps' stands twice"]),
     ("- seed\n- 1\n", ["list"]), ("seed", ["str"]), ("gan: 3\n", ["'gan'", "section"]), ("gan:\n", ["'gan'", "section"]),
     ("seed: [1\n", ["not valid YAML"]), ("name: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
     ("? [a]\n: 1\n", ["not valid YAML"]), ("seed:\n  steps: 1\n", ["'seed'"]), ("a: &a [*a]\n", ["mine.yaml"]),
@@ -273,7 +279,7 @@ def test_run_folder_says_how_the_result_came_about(tmp_path):
 
 def test_config_yaml_survives_texts_that_yaml_would_read_otherwise(tmp_path):
     """Free text such as a folder called 3, on or '# x' must load back as the text it is."""
-    for text in ("3", "on", "null", "# x", "a # b", "'", "[a", "1e3", "é", "a\nb"):
+    for text in ("3", "on", "null", "# x", "a # b", "'", "[a", "1e3", "é", "a\nb", "\U0001f600", "a\x7f\u2028b"):
         flat = make_cfg(source__root=text, name="on").flat
         path = written(tmp_path, runtime.describe(flat))
         assert load_config(path).flat == flat, text
