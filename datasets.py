@@ -380,12 +380,25 @@ def _name(pattern: str, key: tuple) -> str:
     return str(Path(_fill(pattern, key).removeprefix(re.match(r"(?:[^*?]*/)?", pattern).group())).with_suffix(""))
 
 
+def links_out(paths, root) -> dict[str, str]:
+    """{path: where it really lies} of the paths below `root` that links lead out of it. `root` may be a link itself."""
+    inside, folders, out = os.path.join(os.path.realpath(root), ""), {}, {}
+    for path in map(str, paths):
+        folder, name = os.path.split(path)
+        if folder not in folders:  # resolved once: on a network disk every part of a path costs a look
+            folders[folder] = os.path.realpath(folder)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)
+        if not real.startswith(inside):
+            out[path] = real
+    return out
+
+
 def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample], list[tuple[str, str]]]:
     """(samples in a fixed order, problems) of `role` ("source" or "target") and `split` ("train" or "val").
 
-    labels: whether label files are looked for. A problem is (sample name, what is wrong): an image without label or a
-    label without image. Raises UserError for an unknown data set, a missing folder or split, an empty split, and a
-    name in `exclude` that does not exist.
+    labels: whether label files are looked for. A problem is (sample name, what is wrong): an image without label, a
+    label without image, or a link out of root (that sample is not in the list: it must not be opened). Raises UserError
+    for an unknown data set, a missing folder or split, an empty split, and a name in `exclude` that does not exist.
     """
     part, table = getattr(cfg, role), get_table(cfg, role)
     excluded = set(part.exclude or ())
@@ -432,6 +445,11 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
                     for s, k in zip(samples, keys, strict=True) if s.label is None]
         problems += [(_name(pattern, k), f"{path}: a label without its image {root / _fill(pattern, k)}; add or remove")
                      for k, path in found.items() if k not in images and _name(pattern, k) not in excluded]
+    if not part.follow_links:
+        out = links_out([path for s in samples for path in (s.image, s.label) if path], root)
+        problems += [(s.name, f"{path}: leads to {out[path]}, outside {role}.root; put the file itself there, or set "
+                      f"{role}.follow_links=true") for s in samples for path in (s.image, s.label) if path in out]
+        samples = [s for s in samples if s.image not in out and s.label not in out]
     return samples, problems
 
 
@@ -955,7 +973,8 @@ def check_split(cfg, role: str, split: str, labels: bool, full: bool):
     samples, problems = find_samples(cfg, role, split, labels)
     part, table, title = getattr(cfg, role), get_table(cfg, role), f"{role} {split}"
     job = table.read, train_id_table(table, class_list(cfg)[0]) if labels else None
-    few = samples if full else [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, SAMPLE).astype(int))]
+    spread = np.unique(np.linspace(0, len(samples) - 1, SAMPLE).astype(int))
+    few = samples if full or not samples else [samples[i] for i in spread]
     if full:
         with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker, initargs=job) as pool:
             decoded = list(tqdm(pool.map(_decode_in_worker, few, chunksize=8), title, len(few), mininterval=1, leave=False))

@@ -207,6 +207,7 @@ KEYS = {
 
     "source.dataset": Key("streets", "str", "labelled data set, a table in datasets.py, or folder"),
     "source.root": Key(None, "str", "its folder; streets needs none", null=True),
+    "source.follow_links": Key(False, "bool", "also read files outside root to which links in it lead"),
     "source.size": Key([96, 160], "size", "images are resized to this, pixels", 8, SIDE),
     "source.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, 10**6, null=True),
     "source.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
@@ -216,6 +217,7 @@ KEYS = {
     "source.ids": Key(None, "map", "{class: ids, or [R, G, B]s} onto the class list; class 'ignore': of none", null=True),
     "target.dataset": Key("streets", "str", "unlabelled data set, a table in datasets.py, or folder"),
     "target.root": Key(None, "str", "its folder; streets needs none", null=True),
+    "target.follow_links": Key(False, "bool", "also read files outside root to which links in it lead"),
     "target.size": Key([96, 160], "size", "images are resized to this, pixels", 8, SIDE),
     "target.images": Key(500, "int", "use the first N training images; for streets, how many there are", 1, 10**6, null=True),
     "target.exclude": Key(None, "texts", "names of samples to leave out, as python datasets.py CFG prints them", null=True),
@@ -283,7 +285,7 @@ KEYS = {
 # Keys that cannot change what a run computes; a resumed run may change them. (Of the roots, the checkpoint keeps a digest
 # of what lies there: data may move to a faster disk.)
 FREE_KEYS = ("name", "output", "device", "workers", "cache", "log_every", "sheet_every", "save_every", "eval.batch",
-             "source.root", "target.root")  # fmt: skip
+             "source.root", "target.root", "source.follow_links", "target.follow_links")  # fmt: skip
 # Keys that a resumed run may raise, where the steps so far did not depend on them. Every other key is refused.
 GROWING_KEYS = {
     "fseg.steps": lambda c: c["fseg.schedule"] == "constant",
