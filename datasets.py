@@ -20,11 +20,11 @@ import json
 import math
 import os
 import re
-import struct
 import sys
 import threading
 import time
 import uuid
+import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
@@ -37,7 +37,7 @@ import PIL.features
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -471,6 +471,9 @@ def list_samples(cfg, role: str, split: str, labels: bool) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error in _open, and no second line beside it
+
+
 @lru_cache(maxsize=8)
 def _scene(address: str):
     domain, split, index = address.removeprefix("streets:").split("/")
@@ -485,27 +488,38 @@ def _png_depth(path: str) -> tuple[int, int]:
 
 
 def _open(path: str, load: bool = True, bits: int = 8) -> Image.Image:
-    """An image file as Pillow gives it. load: decode it, not only its header; bits: per channel, 8 or 16.
+    """A PNG or JPEG file as Pillow gives it. load: decode it, not only its header; bits: per channel, 8 or 16.
 
-    Pillow cuts 16-bit colour down to 8 bits without a word, so the depth is taken from the file's own header.
+    Pillow cuts 16-bit colour down to 8 bits without a word, so the depth is taken from the file's own header. Pillow's
+    other formats are not tried, whatever the file's name: some of them run programs.
     """
     try:
         if not os.path.getsize(path):
             raise UserError(f"{path}: the file is empty (0 bytes); replace it")
         depth = _png_depth(path)[0]
-        image = Image.open(path)
+        image = Image.open(path, formats=("PNG", "JPEG"))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns here, and refuses from twice as many
+            raise UserError(f"{path}: {image.width}x{image.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} that are "
+                            "read; scale it down")
         if load:
             image.load()
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable image (its content is in no known format); replace the file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image (its content is neither PNG nor JPEG); replace the file") from None
+    except Exception as error:  # a decoder raises whatever the bytes make it trip over
         raise UserError(f"{path}: not a readable image ({' '.join(str(error).split())}); replace the file") from None
     if (16 if depth == 16 else 8) != bits:
         raise UserError(f"{path}: {24 - bits} bits per channel where {bits} are expected; "
                         + ("save it with 8" if bits == 8 else "take the published file, a copy may have lost the ids"))
     return image
+
+
+# EXIF's orientation -> what sets the image upright. (ImageOps.exif_transpose also writes the EXIF anew, and some break it.)
+TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_270,
+                        Image.TRANSVERSE, Image.ROTATE_90), 2))  # fmt: skip
 
 
 def _orientation(image: Image.Image, path: str) -> int:
@@ -514,7 +528,7 @@ def _orientation(image: Image.Image, path: str) -> int:
         return 1
     try:
         return image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, struct.error):
+    except Exception:  # a parser of foreign bytes
         raise UserError(f"{path}: its EXIF block cannot be read, so it may have to be turned; save it without") from None
 
 
@@ -527,9 +541,8 @@ def read_image(path: str) -> Image.Image:
     if path.startswith("streets:"):
         return Image.fromarray(_scene(path)[0])
     image = _open(path)
-    if _orientation(image, path) != 1:
-        image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
+    turn = TURNS.get(_orientation(image, path))
+    return (image if turn is None else image.transpose(turn)).convert("RGB")
 
 
 def header_size(path: str, bits: int = 8) -> tuple[int, int]:
@@ -556,7 +569,10 @@ def read_label(path: str, read: str, table: np.ndarray) -> np.ndarray:
         if read == "red16":
             import cv2  # half a second that only SYNTHIA's labels need; torchvision's own reader is to be removed
 
-            pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+            try:
+                pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+            except cv2.error:
+                pixels = None
             raw = pixels[..., 2] if pixels is not None and pixels.ndim == 3 else None  # blue, green, red
         elif read == "rgb":
             channels = np.asarray(image.convert("RGB"), np.int32) if mode in ("RGB", "RGBA", "P", "L") else None
