@@ -11,6 +11,7 @@ is missing and nothing else.
 
 import json
 from collections import deque
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,15 +20,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Augmented, Scenes, read_image, to_float
+from datasets import Augmented, Scenes, links_out, read_image, to_float
 from models import build_generator
 from runtime import (
     THREADS, Run, UserError, atomic_write, autocast, command_line, gather, load_checkpoint, load_weights, make_folder,
-    make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, stage_config, to_uint8,
+    make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, shown, stage_config, to_uint8,
     weights_digest, world, write_json, writing,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
+ANEW = "python augment.py --restart with this config begins anew"
 
 
 def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
@@ -52,31 +54,51 @@ def open_augmented(cfg, source: Scenes) -> Augmented:
 
 
 def read_identity(path: Path) -> dict | None:
-    """What the images in a folder depend on: {generator, config, data}; None where there is no such file."""
+    """identity.json: {generator: digest, config: {key: value}, data: {name: digest}}; None where there is no such file.
+
+    Raises UserError for any other content.
+    """
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
+        if [type(identity[k]) for k in ("generator", "config", "data")] == [str, dict, dict]:
+            return identity
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 0) or error}); use augment.py --restart") \
-            from None
-    if not isinstance(identity, dict) or [type(identity.get(k)) for k in ("generator", "config", "data")] != [str, dict, dict]:
-        raise UserError(f"{path}: not written by augment.py; use augment.py --restart")
-    return identity
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise UserError(f"{path}: not what augment.py writes there; {ANEW}")
 
 
 def read_manifest(folder: Path, generator: str) -> dict:
-    """{file: line} of manifest.jsonl. A torn last line counts as not written; a line of another generator is an error."""
+    """{file: line} of manifest.jsonl. A torn line counts as not written.
+
+    Raises UserError for a line of another generator or of other content, for a file that is not below the folder, and
+    where a link in the folder leads out of it. (The folder itself may be one.)
+    """
     path, done = folder / "manifest.jsonl", {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 0) or error}); {ANEW}") from None
+    for n, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except ValueError:
             continue
+        except RecursionError:
+            line = None
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("file", "generator")):
+            raise UserError(f"{path}: line {n} is not one of augment.py's; {ANEW}")
+        file = Path(line["file"])
+        if file.is_absolute() or ".." in file.parts or "\0" in line["file"]:
+            raise UserError(f"{path}: line {n}: {shown(line['file'])} is not below {folder}; {ANEW}")
         if line["generator"] != generator:
-            raise UserError(f"{path}: {line['file']} was made by generator {line['generator']}, not {generator}; "
+            raise UserError(f"{path}: {shown(line['file'])} was made by generator {shown(line['generator'])}, not {generator}; "
                             "move the folder away or choose another 'name'")
         done[line["file"]] = line
+    inside = (os.path.join(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files))
+    for link, real in links_out(inside, folder).items():
+        raise UserError(f"{link}: leads to {real}, outside {folder}; remove the link")
     return done
 
 

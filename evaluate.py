@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import Scenes, class_list, colourise, header_size, read_image, to_float
+from datasets import Scenes, class_list, colourise, header_size, links_out, read_image, to_float
 from losses import IGNORE
 from models import build_segmenter
 from runtime import (
@@ -171,7 +171,11 @@ def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -
     root = Path(images)
     if not root.is_dir():
         raise UserError(f"--images {images}: no such folder")
-    files = sorted(p for p in root.rglob("*") if p.is_file())
+    found = sorted(root.rglob("*"))
+    if out_of_it := links_out(found, root):  # a linked folder is in `found` itself; rglob does not go into it
+        path, real = min(out_of_it.items())
+        raise UserError(f"{path}: leads to {real}, outside --images {images}; copy it there, or predict that place by itself")
+    files = [p for p in found if p.is_file()]
     paths = [p for p in files if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if not paths:
         raise UserError(f"--images {images}: no PNG or JPEG in it")
