@@ -29,7 +29,7 @@ from models import build_segmenter
 from runtime import (
     THREADS, UserError, VARIANTS, all_sum, atomic_write, autocast, behind, command_line, environment, gather, get_device,
     get_precision, load_checkpoint, load_weights, make_folder, make_sheet, prefetch, rank, refuse_changes, run_main,
-    stage_config, world, write_json,
+    shown, stage_config, world, write_json,
 )  # fmt: skip
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which the papers on SYNTHIA report beside mIoU
@@ -72,7 +72,7 @@ def load_network(cfg, which: str, classes: dict, device, precision: str):
     if not {"classes", "teacher", "student"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train_selfens.py; {mend}")
     if state["classes"] != list(classes):
-        raise UserError(f"{path}: trained on other classes ({', '.join(state['classes'])}) than the config's "
+        raise UserError(f"{path}: trained on other classes ({shown(state['classes'])}) than the config's "
                         f"({', '.join(classes)}); use the data sets and 'classes' that it was trained with")
     refuse_changes(state["config"], stage_config(cfg, ("selfens",)), path)
     model = build_segmenter(cfg, len(classes)).to(device, memory_format=torch.channels_last).eval()

@@ -8,6 +8,7 @@ half-pixel convention (align_corners=False): cell i of a map with stride s cover
     python models.py CFG [--peak TFLOPS] [--share PART]     parameters, FLOPs, memory and estimated hours; runs nothing
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -295,13 +296,16 @@ def vgg16_state(pretrained: str, batch_norm: bool) -> dict:
             path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
             raise UserError(f"pretrained=imagenet: the weights cannot be downloaded ({error}); put {weights.url} at "
                             f"{path}, or give its path as 'pretrained'") from None
-    if not Path(pretrained).is_file():
+    if not os.path.isfile(pretrained):
         raise UserError(f"pretrained={pretrained}: no such file; use none, imagenet, or the path of {weights.url}")
     try:
-        return torch.load(pretrained, map_location="cpu", weights_only=True)
+        state = torch.load(pretrained, map_location="cpu", weights_only=True)  # code in it is not run
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file
         raise UserError(f"pretrained={pretrained}: not a readable state dict ({type(error).__name__}); "
                         f"use the file {weights.url}") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"pretrained={pretrained}: not a state dict; use the file {weights.url}")
+    return state
 
 
 class VGGSegmenter(nn.Module):
@@ -370,9 +374,12 @@ class FCN8s(VGGSegmenter):
         if pretrained != "none":
             state = self.load_trunk(pretrained)
             if width == 1.0 and "classifier.0.weight" in state:
-                for layer, name in ((self.fc6, "classifier.0"), (self.fc7, "classifier.3")):
-                    layer.weight.data.copy_(state[f"{name}.weight"].view_as(layer.weight))
-                    layer.bias.data.copy_(state[f"{name}.bias"])
+                try:
+                    for layer, name in ((self.fc6, "classifier.0"), (self.fc7, "classifier.3")):
+                        layer.weight.data.copy_(state[f"{name}.weight"].view_as(layer.weight))
+                        layer.bias.data.copy_(state[f"{name}.bias"])
+                except (KeyError, AttributeError, TypeError, RuntimeError):
+                    raise UserError(f"pretrained={pretrained}: not VGG-16's classifier; use torchvision's file") from None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""

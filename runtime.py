@@ -740,16 +740,20 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
 
 def load_weights(module: torch.nn.Module, state, where) -> None:
     """load_state_dict that names the file and the first difference instead of printing all of them."""
-    own, state = module.state_dict(), state if isinstance(state, dict) else {}
-    for key in sorted({*own} | {*state}, key=str):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise UserError(f"{where}: holds no such network's weights; use the file that the stage before wrote")
+    own = module.state_dict()
+    for key in sorted({*own} | {*state}):
         if key not in state or key not in own:
             raise UserError(f"{where}: made for another architecture: '{key}' is only in the "
                             f"{'model' if key in own else 'file'}; use the config it was trained with")
-        theirs = list(state[key].shape) if isinstance(state[key], torch.Tensor) else type(state[key]).__name__
-        if list(own[key].shape) != theirs:
-            raise UserError(f"{where}: made for another architecture: '{key}' is {theirs} in the file, "
+        if own[key].shape != state[key].shape:
+            raise UserError(f"{where}: made for another architecture: '{key}' is {list(state[key].shape)} in the file, "
                             f"{list(own[key].shape)} in the model; use the config it was trained with")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # sparse tensors, or tensors without numbers
+        raise UserError(f"{where}: not a network's weights ({' '.join(str(error).split())})") from None
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state, where) -> None:

@@ -19,7 +19,7 @@ from losses import cross_entropy, labelled_pixels, lsgan_d, lsgan_g
 from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator, synchronised
 from runtime import (
     Run, UserError, agree, autocast, bare, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, parallel,
-    random_generator, rank, run_main, seed_torch, set_lr, silent, to_uint8, write_json,
+    random_generator, rank, run_main, seed_torch, set_lr, shown, silent, to_uint8, write_json,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------- f_seg
@@ -56,7 +56,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         mend = "fseg.checkpoint is the last.pt of a gan/fseg folder; null trains one"
         given = load_checkpoint(c.checkpoint, mend, ("f_seg",))
         if given.get("classes") != list(classes):
-            raise UserError(f"{c.checkpoint}: f_seg of classes {given.get('classes')}, not the config's {list(classes)}")
+            raise UserError(f"{c.checkpoint}: f_seg of classes {shown(given.get('classes'))}, not the config's {list(classes)}")
         load_weights(f_seg, given["f_seg"], c.checkpoint)
     steps, cast = 0 if c.checkpoint else c.steps, autocast(run.device, run.precision)
 
