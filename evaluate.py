@@ -184,6 +184,8 @@ def predict_folder(predict, cfg, classes: dict, device, images: str, out: str) -
         name = path.relative_to(root).with_suffix(".png")
         if names.setdefault(name, path) != path:
             raise UserError(f"{path}: its prediction would be {name}, as that of {names[name]}; rename one of them")
+    for path in paths:  # what is no image at all stops it now and not after hours
+        header_size(str(path))
     kinds = [output_folder(Path(out, kind), images, "--out") for kind in ("train_ids", "colour", "overlay")]
 
     def read(i):
