@@ -215,7 +215,7 @@ def check_depth(cfg) -> None:
         for keys, net in nets.items():
             try:
                 net(*[x] * (2 if isinstance(net, Generator) else 1))
-            except RuntimeError:
+            except (RuntimeError, ValueError):  # instance norm has its own word for a single pixel
                 raise UserError(f"{keys}: too deep for images of {size[0]}x{size[1]} pixels; lower it, or raise the "
                                 "size or crop") from None
 
