@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 from losses import IGNORE
 from runtime import (
-    UserError, atomic_write, command_line, make_folder, make_sheet, prefetch, random_generator, rank, run_main, world,
+    UserError, atomic_write, command_line, make_folder, make_sheet, one_line, prefetch, random_generator, rank, run_main, shown,
+    world,
 )  # fmt: skip
 from streets import streets_scene
 
@@ -208,7 +209,7 @@ VALUES = {"index": 1 << 8, "red": 1 << 8, "red16": 1 << 16, "rgb": 1 << 24}  # i
 def _colour(value, key: str) -> int:
     """[R, G, B] as the number 65536 R + 256 G + B. Raises UserError that names the key."""
     if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(isinstance(v, int) and 0 <= v < 256 for v in value):
-        raise UserError(f"{key}: a colour is [R, G, B], each 0 to 255, not {value!r}")
+        raise UserError(f"{key}: a colour is [R, G, B], each 0 to 255, not {shown(value)}")
     return value[0] << 16 | value[1] << 8 | value[2]
 
 
@@ -222,7 +223,7 @@ def _config_ids(cfg, role: str, read: str) -> tuple[dict, set]:
             values = [_colour(v, key) for v in ([values] if single else values)]
         for v in values:
             if not isinstance(v, int) or not 0 <= v < VALUES[read]:
-                raise UserError(f"{key}: an id read by '{read}' is a whole number, 0 to {VALUES[read] - 1}, not {v!r}")
+                raise UserError(f"{key}: an id read by '{read}' is a whole number, 0 to {VALUES[read] - 1}, not {shown(v)}")
             if owner.setdefault(v, name) != name:
                 raise UserError(f"{key}: {_id_text(v, read)} belongs to '{owner[v]}' already")
         ids[name] = values
@@ -244,10 +245,14 @@ def _config_files(part, role: str) -> dict:
         if split not in ("train", "val", "test"):
             raise UserError(f"{key}: unknown split; known are train, val and test")
         if len(patterns) not in (1, 2) or not all(isinstance(p, str) for p in patterns):
-            raise UserError(f"{key}: must be [pattern of the images, pattern of the labels], or the first alone, not {value!r}")
+            raise UserError(f"{key}: must be [pattern of the images, pattern of the labels], or the first alone, not "
+                            f"{shown(value)}")
         for p in patterns:
-            if {"", ".", ".."} & {*p.split("/")} or re.search(r"[\[\0]", p) or "**" in p.replace("**/", "") or not _stars(p):
-                raise UserError(f"{key}: {p!r} must be a pattern below root, with *, ? or **/ for what differs; no '..' or '['")
+            parts = p.split("/")
+            whole = all(part == "**" or "**" not in part for part in parts) and parts[-1] != "**"
+            if {"", ".", ".."} & {*parts} or re.search(r"[\[\0]", p) or not whole or not 1 <= len(_stars(p)) <= 32:
+                raise UserError(f"{key}: {shown(p)} must be a pattern below root, with *, ? or **/ (1 to 32 of them) for what "
+                                "differs; no '..' or '['")
         if _stars(patterns[0]) != _stars(patterns[-1]):
             raise UserError(f"{key}: {patterns[0]!r} and {patterns[1]!r} need the same *, ? and **/ in the same order, because "
                             "what they stand for makes the pair")
@@ -1078,7 +1083,7 @@ def main() -> None:
         print(f"\nwritten: {folder / 'sheet.png'}")
 
     if problems:
-        print("\n" + "\n".join(f"{role}: {text}" for role, _, text in problems))
+        print("\n" + "\n".join(one_line(f"{role}: {text}") for role, _, text in problems))
         for role in ("source", "target"):
             names = sorted({name for r, name, _ in problems if r == role and name})
             if names:
