@@ -835,7 +835,7 @@ def test_augmented_images_are_read_for_their_source(folders, tmp_path):
     cfg = cfg_of(folders)
     source = Scenes(cfg, "source", "train", labels=True)
     files = [save_image(tmp_path / f"{k}.png", np.full((20, 28, 3), k)) for k in range(2 * len(source))]
-    batch = Batches(cfg, "test", len(source), None, source=source, augmented=Augmented(source, files))[0]
+    batch = Batches(cfg, "test", len(source), None, source=source, augmented=Augmented(source, files, "g"))[0]
     order = [Batches(cfg, "test", 1, None, source=source)._index("source", k, len(source)) for k in range(len(source))]
     assert (batch["x_g"][:, 0, 0, 0] % len(source)).tolist() == order
 
