@@ -9,6 +9,7 @@ half-pixel convention (align_corners=False): cell i of a map with stride s cover
 """
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -299,7 +300,8 @@ def vgg16_state(pretrained: str, batch_norm: bool) -> dict:
     if not os.path.isfile(pretrained):
         raise UserError(f"pretrained={pretrained}: no such file; use none, imagenet, or the path of {weights.url}")
     try:
-        state = torch.load(pretrained, map_location="cpu", weights_only=True)  # code in it is not run
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on a foreign file: the error is one line
+            state = torch.load(pretrained, map_location="cpu", weights_only=True)  # code in it is not run
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file
         raise UserError(f"pretrained={pretrained}: not a readable state dict ({type(error).__name__}); "
                         f"use the file {weights.url}") from None
