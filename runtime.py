@@ -721,16 +721,19 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
         raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
         # torch writes a zip archive with a CRC-32 of every record and reads it without looking at them.
+        # Nothing in it is compressed: a small file cannot become a large one.
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
+            if any(record.compress_type for record in archive.infolist()) or archive.testzip() is not None:
                 raise zipfile.BadZipFile
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, struct.error, zlib.error):
         raise TornFile(f"{path}: torn or damaged (a checksum does not hold, or it is no checkpoint at all); {mend}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on a foreign file: the error is one line
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for what it refuses
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
-    if not isinstance(state, dict) or type(state.get("step")) is not int or not isinstance(state.get("config"), dict):
+    if (not isinstance(state, dict) or type(state.get("step")) is not int or not 0 <= state["step"] <= STEPS
+            or not isinstance(state.get("config"), dict) or not all(isinstance(key, str) for key in state["config"])):
         raise UserError(f"{path}: not a checkpoint of this project; {mend}")
     for part in parts:
         if not isinstance(state.get(part), dict):
@@ -817,7 +820,7 @@ def refuse_changes(then: dict, now: dict, where, stage: str | None = None) -> No
         return (key.startswith(f"{stage}.") and key in GROWING_KEYS and GROWING_KEYS[key](now)
                 and type(old) is type(new) is int and new > old)
 
-    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items())
+    changed = [f"{k} ({shown(then.get(k))} then, {shown(v)} now)" for k, v in sorted(now.items())
                if then.get(k) != v and not grows(k, then.get(k), v)]
     if changed:
         raise UserError(f"{where}: made with another config: {', '.join(changed)}; put the values back, choose another "
@@ -829,8 +832,8 @@ def refuse_data(then, now: dict, where) -> None:
     for name, digest in now.items():
         if not isinstance(then, dict) or then.get(name) != digest:
             old = then.get(name) if isinstance(then, dict) else None
-            raise UserError(f"{where}: made with other data: {name} was {old}, is {digest} now; put the files back, choose "
-                            "another 'name', or use --restart where it was made")
+            raise UserError(f"{where}: made with other data: {name} was {one_line(str(old), 100)}, is {digest} now; put the "
+                            "files back, choose another 'name', or use --restart where it was made")
 
 
 def lock_folder(folder: Path) -> None:
@@ -915,7 +918,7 @@ class Run:
             refuse_changes(self.state["config"], self.config, self.checkpoint, stage)
             refuse_data(self.state.get("data"), self.data, self.checkpoint)
             then, now = self.state.get("versions"), versions()
-            changed = [f"{k} {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v] \
+            changed = [f"{k} {shown(then.get(k))} then, {v} now" for k, v in now.items() if then.get(k) != v] \
                 if isinstance(then, dict) else []
             if changed:
                 print(f"warning: {self.checkpoint}: made with other libraries ({', '.join(changed)}); the last bits may "
@@ -961,8 +964,9 @@ class Run:
         write_json(self.folder / f"run-{self.start:07d}.json", here)
         self._log_path, kept = self.folder / "log.jsonl", {}
         # Lines after the checkpoint will be computed, and written, again.
-        for line in self._log_path.read_text(encoding="utf-8").splitlines() if self._log_path.exists() else ():
-            with suppress(ValueError, KeyError, TypeError):  # a line that was torn is one of those
+        lines = self._log_path.read_text(encoding="utf-8", errors="replace") if self._log_path.exists() else ""
+        for line in lines.splitlines():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):  # a line that was torn is one of those
                 step = json.loads(line)["step"]
                 if step <= self.start if redo is None else step not in redo:
                     kept[step] = line

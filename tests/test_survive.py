@@ -192,6 +192,38 @@ def test_no_flipped_bit_goes_unnoticed(finished, tmp_path):
     assert refused > 80
 
 
+@pytest.mark.parametrize("change", [
+    {"step": "3"}, {"step": float("nan")}, {"step": torch.tensor(3)}, {"step": -3}, {"step": 10**30}, {"config": None},
+    {"config": [1]}, {"config": {1: 2}}, {"student": None}, {"student": {"a": 1}}, {"teacher": [torch.zeros(2)]},
+    {"optimiser": {}}, {"optimiser": None}, {"data": None}, {"data": {"source train": ["x"] * 9999}}, {"versions": "none"},
+    {"config": {"seed": [["x" * 1000] * 1000] * 1000}},
+])  # fmt: skip
+def test_checkpoints_of_other_content_are_refused_in_one_line(finished, fresh, stage, change, capsys):
+    """A file that torch can read need not be one of ours: no traceback, and no page of text either."""
+    folder, args = fresh("train_selfens")
+    last = folder / "selfens/tgcf_da_se/last.pt"
+    last.parent.mkdir(parents=True)
+    torch.save(load_checkpoint(finished[1] / "selfens/tgcf_da_se/last.pt", "") | {"step": 3} | change, last)
+    if "versions" in change:  # only a remark would have come of it
+        stage("train_selfens", *args)
+        return
+    with pytest.raises(UserError, match=r"last\.pt") as error:
+        stage("train_selfens", *args)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 3000
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """200 kilobytes that become 200 megabytes, or gigabytes: ours are stored as they are."""
+    torch.save({"step": 1, "config": {}, "x": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, \
+            zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    assert load_checkpoint(tmp_path / "plain.pt", "")["step"] == 1
+    with pytest.raises(UserError, match=r"small\.pt: torn or damaged"):
+        load_checkpoint(tmp_path / "small.pt", "")
+
+
 def test_checkpoints_hold_what_a_run_depends_on(finished):
     """Networks, optimiser, step, config, data and versions; learning rates and random draws are functions of the step."""
     for part, nets in (("gan/fseg", ["f_seg", "optimiser"]), ("gan", ["G", "D", "opt_g", "opt_d"]),
