@@ -925,13 +925,19 @@ class Batches(torch.utils.data.Dataset):
         """
         if workers == 0:
             pin, threads = torch.cuda.is_available(), torch.get_num_threads()
+            device = torch.cuda.current_device() if pin else None
+
+            def begin():
+                _one_thread()
+                if pin:  # pinning is a matter of the thread's own device, which is 0 at first
+                    torch.cuda.set_device(device)
 
             def read(step):
                 return {name: x.pin_memory() if pin else x for name, x in self[step].items()}
 
             # One thread for the jitter's sums, as in a worker process, or their last bits would depend on `workers`. torch
             # keeps the number for each thread, and the one set last for threads that have not asked: so it is set back.
-            for batch in prefetch(range(start, steps), read, 2, start=_one_thread):
+            for batch in prefetch(range(start, steps), read, 2, start=begin):
                 torch.set_num_threads(threads)
                 yield batch
             return
