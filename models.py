@@ -28,8 +28,14 @@ from runtime import UserError, command_line, load_weights, own_part, run_main, w
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """x: (N, C, H, W) -> (N, C, H', W') with H', W' the next multiples; edge pixels repeated at the right and bottom."""
-    bottom, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
-    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+    # Not F.pad(mode="replicate"): compiled in channels last, its backward pass fails (torch 2.15, CPU).
+    for dim in (-2, -1):
+        if more := -x.shape[dim] % multiple:
+            shape = [*x.shape]
+            shape[dim] = more
+            edge = x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)
+            x = torch.cat([x, edge.contiguous(memory_format=torch.channels_last)], dim)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------- several processes

@@ -195,6 +195,7 @@ KEYS = {
     "device": Key("auto", "str", "auto (CUDA if there is one), cpu, cuda or cuda:N"),
     "precision": Key("auto", "choice", "arithmetic of the networks; auto is bfloat16 where the device has it",
                      choices=("auto", "float32", "bfloat16")),
+    "compile": Key(False, "bool", "torch.compile of the networks: slower start, faster steps on a GPU"),
     "workers": Key(0, "int", "processes that read images ahead; 0 reads ahead in a thread of the training process", 0, 256),
     "cache": Key(None, "str", "folder that keeps resized images and labels between runs; null keeps them in memory only",
                  null=True),

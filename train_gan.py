@@ -58,6 +58,8 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         if given.get("classes") != list(classes):
             raise UserError(f"{c.checkpoint}: f_seg of classes {shown(given.get('classes'))}, not the config's {list(classes)}")
         load_weights(f_seg, given["f_seg"], c.checkpoint)
+    if cfg.compile:  # in place, so that the names in checkpoints stay; shapes are constant in the steps
+        f_seg.compile(dynamic=False)
     steps, cast = 0 if c.checkpoint else c.steps, autocast(run.device, run.precision)
 
     def state():
@@ -95,6 +97,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
     return f_seg
 
 
+@torch.compiler.set_stance("force_eager")  # other shapes than the steps', a few times: not worth compiling
 def judge_fseg(cfg, f_seg: FCN8s, held_out: Scenes, run: Run) -> dict:
     """IoU in % of f_seg on held-out source images, as they are and jittered: {as it is: {mIoU, per class}, jittered: ...}."""
     def predict(x):
@@ -245,6 +248,9 @@ def main() -> None:
             load_weights(part, run.state.get(name), run.checkpoint)
         for name, optimiser in (("opt_g", opt_g), ("opt_d", opt_d)):
             load_optimiser(optimiser, run.state.get(name), run.checkpoint)
+    if cfg.compile:
+        G.compile(dynamic=False)
+        D.compile(dynamic=False)
     print(f"gan: {len(source)} source and {len(target)} target images, {c.steps} steps of {c.batch}, parameters: "
           + ", ".join(f"{n} {sum(p.numel() for p in m.parameters()):,}" for n, m in (("G", G), ("D", D), ("f_seg", f_seg))))
 
@@ -258,11 +264,13 @@ def main() -> None:
     contents, guides = spread(source, 6), spread(target, 8)
     cast = autocast(run.device, run.precision)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.inference_mode()
     def generate(x_s, x_t):
         with cast:
             return G(x_s, x_t)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.inference_mode()
     def write_sheet(step):
         rows = []

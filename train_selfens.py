@@ -88,6 +88,7 @@ class DomainPasses(nn.Module):
         return logits
 
 
+@torch.compiler.set_stance("force_eager")  # once per checkpoint
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_context) -> None:
     """Sets batch norm's running statistics to their mean over these batches of (N, 3, H, W) images, without dropout.
@@ -184,6 +185,9 @@ def main() -> None:
         load_weights(student, run.state.get("student"), run.checkpoint)
         load_weights(teacher, run.state.get("teacher"), run.checkpoint)
         load_optimiser(optimiser, run.state.get("optimiser"), run.checkpoint)
+    if cfg.compile:  # in place, so that the names in checkpoints stay; after copying, each for itself
+        student.compile(dynamic=False)
+        teacher.compile(dynamic=False)
     passes, cast = parallel(DomainPasses(student), run.device), autocast(run.device, run.precision)
     average = MovingAverage(teacher, student)
     print(f"selfens: {variant}: {len(labelled)} labelled"
@@ -208,6 +212,7 @@ def main() -> None:
 
     shown = np.linspace(0, len(val) - 1, 4).astype(int)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.inference_mode()
     def write_sheet(step):
         x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
