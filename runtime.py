@@ -919,7 +919,7 @@ class Run:
             refuse_changes(self.state["config"], self.config, self.checkpoint, stage)
             refuse_data(self.state.get("data"), self.data, self.checkpoint)
             then, now = self.state.get("versions"), versions()
-            changed = [f"{k} {shown(then.get(k))} then, {v} now" for k, v in now.items() if then.get(k) != v] \
+            changed = [f"{k} {one_line(str(then.get(k)), 50)} then, {v} now" for k, v in now.items() if then.get(k) != v] \
                 if isinstance(then, dict) else []
             if changed:
                 print(f"warning: {self.checkpoint}: made with other libraries ({', '.join(changed)}); the last bits may "

@@ -196,7 +196,8 @@ def main() -> None:
 
     batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
     last_domain = "x_t" if use_consistency else "x_g" if use_augmented else "x_s"
-    sample = [batches[k][last_domain] for k in range(32)]
+    of_last = Batches(cfg, "selfens", c.batch, c.crop, target=target) if use_consistency else batches  # reads no more than it
+    sample = [of_last[k][last_domain] for k in range(32)]
 
     def readable_teacher():
         """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last."""

@@ -414,7 +414,7 @@ def test_an_image_that_breaks_in_mid_run(finished, fresh, stage, monkeypatch, tm
         path.write_bytes(data)
     if name != "augment":
         step = load_checkpoint(folder / PARTS[name][-1] / "last.pt", "")["step"]
-        assert step >= 2 if workers else step == 2  # reading processes are a few batches ahead
+        assert 2 <= step < 8  # a few batches had been read ahead
     stage(name, *args)
     assert_equal(finished, folder, name)
 
