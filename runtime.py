@@ -807,9 +807,11 @@ def set_aside(folder: Path) -> None:
 def stage_config(cfg, sections: tuple) -> dict:
     """{key: value} of the keys that can change what a stage with these config sections computes.
 
-    All but `precision`, which stands for something only once `auto` is resolved.
+    All but `precision`, which stands for something only once `auto` is resolved, and `compile`: both may be another from
+    stage to stage.
     """
-    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in (*FREE_KEYS, "precision")}
+    but = (*FREE_KEYS, "precision", "compile")
+    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in but}
 
 
 def refuse_changes(then: dict, now: dict, where, stage: str | None = None) -> None:
@@ -907,6 +909,8 @@ class Run:
         self.device = get_device(cfg)
         self.precision = get_precision(cfg, self.device)
         self.config, self.data = stage_config(cfg, sections) | {"precision": self.precision}, data or {}
+        if stage != "augment":  # which does not compile
+            self.config["compile"] = cfg.compile
         if rank() == 0:
             lock_folder(folder)
             if restart:
