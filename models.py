@@ -6,6 +6,7 @@ its output again, so that pixel (i, j) of the output always belongs to pixel (i,
 half-pixel convention (align_corners=False): cell i of a map with stride s covers pixels s*i to s*i + s - 1.
 
     python models.py CFG [--peak TFLOPS] [--share PART]     parameters, FLOPs, memory and estimated hours; runs nothing
+    python models.py CFG --processes 8                      and what so many processes send each other in a step
 """
 
 import os
@@ -518,18 +519,29 @@ def main() -> None:
     def arguments(parser):
         parser.add_argument("--peak", type=float, default=312, help="TFLOP/s of the device; default 312, an A100 in bfloat16")
         parser.add_argument("--share", type=float, default=0.2, help="part of the peak that is reached; default 0.2")
+        parser.add_argument("--processes", type=int, default=1, help="devices that share each batch; default 1")
 
     cfg, args = command_line(__doc__, ("fseg", "gan", "selfens"), arguments)
     list_name, classes = class_list(cfg)
     print(f"{list_name}, {len(classes)} classes; images {cfg.source.size[1]}x{cfg.source.size[0]}\n"
           f"{'stage':<10}{'parameters':>14}{'TFLOP/step':>12}{'GiB kept':>10}{'steps':>9}{'hours':>8}")
-    total = 0
-    for name, (parameters, flops, kept, steps) in step_costs(cfg, len(classes)).items():
+    total, costs = 0, step_costs(cfg, len(classes))
+    for name, (parameters, flops, kept, steps) in costs.items():
         hours = flops * steps / (args.peak * 1e12 * args.share) / 3600
         total += hours
         print(f"{name:<10}{parameters:>14,}{flops / 1e12:>12.3f}{kept / 2**30:>10.1f}"
               + (f"{steps:>9,}{hours:>8.2f}" if name != "augment" else f"{'1 image':>9}{'':>8}"))
     print(f"{total:.1f} hours in all at {100 * args.share:g} % of {args.peak:g} TFLOP/s: an estimate from FLOPs, not measured")
+    if args.processes > 1:
+        n = args.processes
+        print(f"\n{n} processes: what each sends in a step to average gradients, 2 x {n - 1}/{n} of 4 bytes for each trained "
+              f"parameter\n(ring all-reduce), on paper, and how long that takes beside its {1 / n:.3g} of the step's FLOPs\n"
+              f"{'stage':<10}{'MB':>8}{'NVLink, 450 GB/s':>18}{'100 GbE, 12.5 GB/s':>20}{'computing':>12}")
+        for name, (parameters, flops, _, _) in costs.items():
+            sent = 2 * (n - 1) / n * 4 * parameters
+            if name != "augment":
+                print(f"{name:<10}{sent / 1e6:>8.0f}{sent / 450e6:>15.2f} ms{sent / 12.5e6:>17.1f} ms"
+                      f"{1e3 * flops / n / (args.peak * 1e12 * args.share):>9.1f} ms")
 
 
 if __name__ == "__main__":
