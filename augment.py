@@ -1,17 +1,23 @@
 """Stage 2: repaints every source image with the trained generator, each with a randomly drawn target image as guide.
 
 Reads OUTPUT/NAME/gan/last.pt, the source's images and the target's images; writes OUTPUT/NAME/augmented/styleK/NAME.png
-under the source image's name, and augmented/manifest.jsonl with one line per image: file, names of the
-source image (whose label is its label, too) and of the style guide, generator digest, seed. Run again, it makes what
-is missing and nothing else.
+under the source image's name, and augmented/manifest.jsonl with one line per image: file, names of the source image (whose
+label is its label, too) and of the style guide, generator digest, seed. Run again, it makes what is missing and nothing else.
 
     python augment.py
     python augment.py configs/carla_camvid.yaml augment.styles_per_image=2
+
+In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour statistics of the
+guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other tool has translated.
+
+    python augment.py name=fda augment.method=fda augment.fda_beta=0.01
+    python augment.py name=cyclegan augment.method=folder augment.folder=DIR augment.styles_per_image=1
 """
 
+import hashlib
 import json
-from collections import deque
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,12 +26,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Augmented, Scenes, links_out, read_image, to_float
+from datasets import SUFFIXES, Augmented, Scenes, links_out, read_image, to_float
 from models import build_generator
 from runtime import (
-    THREADS, Run, UserError, atomic_write, autocast, command_line, gather, load_checkpoint, load_weights, make_folder,
-    make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, shown, stage_config, to_uint8,
-    weights_digest, world, write_json, writing,
+    THREADS, Run, UserError, atomic_write, autocast, command_line, gather, get_device, load_checkpoint, load_weights,
+    make_folder, make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, shown, stage_config,
+    to_uint8, weights_digest, world, write_json, writing,
 )  # fmt: skip
 
 SECTIONS = ("", "source", "target", "augment")
@@ -102,23 +108,93 @@ def read_manifest(folder: Path, generator: str) -> dict:
     return done
 
 
+# ------------------------------------------------------------------------------------- translators that are not trained
+
+# Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS, logarithm, -> l alpha beta.
+LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]], dtype=torch.float64)
+LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]], dtype=torch.float64) / torch.tensor([[3], [6], [2]]).double().sqrt()
+
+
+def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """x_s with each channel's mean and deviation of x_t, in l alpha beta. (N, 3, H, W) in [-1, 1] both -> the same."""
+    def to_lab(x):  # black has no logarithm: a grey level is the least
+        lms = torch.einsum("ij,njhw->nihw", LMS.to(x.device), ((x.double() + 1) / 2).clamp(min=1 / 255)).log10()
+        return torch.einsum("ij,njhw->nihw", LAB.to(x.device), lms)
+
+    s, t = to_lab(x_s), to_lab(x_t)
+    (var_s, mean_s), (var_t, mean_t) = (torch.var_mean(x, (2, 3), correction=0, keepdim=True) for x in (s, t))
+    lab = (s - mean_s) * (var_t / var_s.clamp(min=1e-12)).sqrt() + mean_t
+    lms = 10 ** torch.einsum("ij,njhw->nihw", LAB.inverse().to(x_s.device), lab)
+    return (torch.einsum("ij,njhw->nihw", LMS.inverse().to(x_s.device), lms) * 2 - 1).clamp(-1, 1).to(x_s.dtype)
+
+
+def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
+    """Fourier domain adaptation (Yang & Soatto 2020): x_s with the low frequencies' amplitudes of x_t, phases kept.
+
+    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of frequencies reaches
+    floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
+    """
+    if x_t.shape != x_s.shape:
+        x_t = torch.nn.functional.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
+    s, t = (torch.fft.fftshift(torch.fft.fft2(x.double() + 1), dim=(-2, -1)) for x in (x_s, x_t))
+    h, w, b = s.shape[-2] // 2, s.shape[-1] // 2, int(beta * min(s.shape[-2:]))
+    block = (..., slice(max(0, h - b), h + b + 1), slice(max(0, w - b), w + b + 1))
+    amplitude, phase = s.abs(), s.angle()
+    amplitude[block] = t.abs()[block]
+    x = torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude, phase), dim=(-2, -1))).real - 1
+    return x.clamp(-1, 1).to(x_s.dtype)
+
+
+def ready_images(cfg, source: Scenes) -> list[Path]:
+    """`augment.folder`'s file for each image, in the order of `planned_files`. Raises UserError where one is missing."""
+    if cfg.augment.folder is None or not Path(cfg.augment.folder).is_dir():
+        raise UserError(f"augment.folder={cfg.augment.folder}: no such folder; set it to where the translated images lie")
+    root, styles = Path(cfg.augment.folder), cfg.augment.styles_per_image
+    stems = [root / (f"style{s}" if styles > 1 else "") / sample.name for s in range(styles) for sample in source.samples]
+    found = [next((p for p in (stem.with_name(stem.name + end) for end in SUFFIXES) if p.is_file()), None) for stem in stems]
+    if None in found:
+        raise UserError(f"{stems[found.index(None)]}.png: no such translated image ({found.count(None)} of {len(stems)} are "
+                        "missing); each has the name of its source image")
+    for link, real in links_out(map(str, found), root).items():
+        raise UserError(f"{link}: leads to {real}, outside {root}; copy the file there")
+    return found
+
+
+def build_translator(cfg, source: Scenes, target: Scenes, data: dict):
+    """(translate, read, what it is): `augment.method` as a function, and the digest that tells its images from others'.
+
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] on the device -> (N, 3, H, W); read: ready images, or None.
+    Raises UserError where a generator is not trained to its end, or was trained with another config or other data.
+    """
+    method, ready = cfg.augment.method, None
+    if method == "gan":
+        checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
+        state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
+        refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
+        refuse_data(state.get("data"), data, checkpoint)
+        if state["step"] < cfg.gan.steps:
+            raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py "
+                            "again, it continues")
+        G = build_generator(cfg)
+        load_weights(G, state["G"], checkpoint)
+        G = G.to(get_device(cfg), memory_format=torch.channels_last).eval()
+        return G, ready, weights_digest(state["G"])
+    if method == "folder":
+        ready = ready_images(cfg, source)
+        sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()[:16]
+        return (lambda x_s, x_t: x_s), ready, f"folder {sizes}"
+    return (reinhard, ready, method) if method == "reinhard" else \
+        (lambda x_s, x_t: fda(x_s, x_t, cfg.augment.fda_beta), ready, f"fda {cfg.augment.fda_beta:g}")
+
+
 def main() -> None:
     def arguments(parser):
         parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
 
     cfg, args = command_line(__doc__, (*SECTIONS, "gan"), arguments)
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
-    checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
-    state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
     data = {"source train": source.digest, "target train": target.digest}
-    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
-    refuse_data(state.get("data"), data, checkpoint)
-    if state["step"] < cfg.gan.steps:
-        raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py again, "
-                        "it continues")
-    G = build_generator(cfg)
-    load_weights(G, state["G"], checkpoint)
-    generator = weights_digest(state["G"])
+    translate, ready, generator = build_translator(cfg, source, target, data)
 
     # Images of another generator, config or other data must not mix with this one's.
     folder = Path(cfg.output, cfg.name, "augmented")
@@ -152,7 +228,6 @@ def main() -> None:
         # A line that was torn when the disk filled up or the power went must not swallow the next one.
         lines = "".join(json.dumps(line) + "\n" for line in done.values())
         atomic_write(folder / "manifest.jsonl", lambda file: file.write(lines.encode()))
-    G = G.to(run.device, memory_format=torch.channels_last).eval()
     print(f"augment: {len(files)} images of generator {generator}, {len(todo)} batches of {size} to make")
 
     def write(file, image):
@@ -160,6 +235,9 @@ def main() -> None:
         atomic_write(file, lambda out: Image.fromarray(image).save(out, "PNG"))
 
     def read(i):
+        if ready:  # in place of the source image
+            image = read_image(str(ready[i])).resize(source.size[::-1], Image.BILINEAR)
+            return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), target.image(guides[i])
         return source.image(i % n), target.image(guides[i])
 
     # Several processes take turns, batch by batch. One that has none in the last round takes part with nothing in hand.
@@ -192,7 +270,7 @@ def main() -> None:
             x_g = []
             if b:
                 with torch.inference_mode(), autocast(run.device, run.precision):
-                    x_g = [to_uint8(x) for x in G(to_float(x_s, run.device), to_float(x_t, run.device))]
+                    x_g = [to_uint8(x) for x in translate(to_float(x_s, run.device), to_float(x_t, run.device))]
             written = [pool.submit(write, files[i], x) for i, x in zip(batches[b - 1] if b else (), x_g, strict=True)]
             unfinished.append((b, written, np.mean(x_g) / 127.5 - 1 if b else None))
             while len(unfinished) > (step < len(own)):

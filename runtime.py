@@ -184,6 +184,7 @@ class Key:
 SCHEDULES = ("poly", "linear", "constant")
 SCHEDULE = "poly: (1 - step/steps)^0.9, linear: from half of the steps to 0, constant: steps may be raised later"
 STEPS, SIDE = 10**9, 1 << 14  # highest number of steps, and of pixels along a side
+METHODS = ("gan", "reinhard", "fda", "folder")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 
 # The default is the built-in job: streets, small enough for 2 CPU cores. Where the paper's own value is not known the
@@ -260,6 +261,10 @@ KEYS = {
     "gan.d_layers": Key(3, "int", "strided convolutions per scale of D (MUNIT: 4)", 1, 8),
     "gan.d_scales": Key(3, "int", "image scales D looks at (MUNIT: 3)", 1, 6),
 
+    "augment.method": Key("gan", "choice", "translator: G, colour statistics, Fourier amplitudes, or ready images",
+                          choices=METHODS),
+    "augment.fda_beta": Key(0.01, "float", "fda: half side of the block of low frequencies, part of the shorter side", 0, 0.5),
+    "augment.folder": Key(None, "str", "folder: holds NAME.png (or styleK/NAME.png, if several) of any other tool", null=True),
     "augment.styles_per_image": Key(3, "int", "generated images per source image, each with its own guide", 1, 1000),
     "augment.batch": Key(8, "int", "images generated at a time", 1, 4096),
 

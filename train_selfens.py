@@ -173,7 +173,7 @@ def main() -> None:
     data = {f"{labelled.role} train": labelled.digest} | ({"augmented": augmented.digest} if use_augmented else {}) \
         | ({"target train": target.digest} if use_consistency else {})
     run = Run(cfg, "selfens", Path(cfg.output, cfg.name, "selfens", variant),
-              ("", "source", "target", "augment", "selfens"), data, args.restart)
+              ("", "source", "target", *["augment"] * use_augmented, "selfens"), data, args.restart)
     if run.finished(c.steps):
         return
     seed_torch(cfg.seed, "selfens", "init")

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 def seconds_per_step(script: str, folder: str, scalar: str, processes: int, items: list, steps: int) -> float:
     with tempfile.TemporaryDirectory() as output:
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), script,
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script,
                         *items, f"output={output}", "name=bench", "log_every=1"], cwd=REPO, env=ENV, check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         events = EventAccumulator(str(Path(output, "bench", folder)), {"scalars": 0}).Reload().Scalars(scalar)
