@@ -866,6 +866,8 @@ class Batches(torch.utils.data.Dataset):
         x_s (N, 3, h, w), y_s (N, h, w)   source images and labels
         x_g (N, 3, h, w)                  an augmented version of the same source images, flipped and cropped with them
         x_t (N, 3, h, w)                  target images
+
+    jitter: strength of `photometric_jitter` on x_s and x_g.
     """
 
     def __init__(self, cfg, stage: str, batch: int, crop, source: Scenes = None, augmented: Scenes = None,
@@ -908,8 +910,8 @@ class Batches(torch.utils.data.Dataset):
                     names.append("x_g")
                     tensors.append(self.augmented.image(style * len(self.source) + i))
                 tensors = self._geometry(rng, *tensors)
-                if self.jitter:
-                    tensors[0] = (photometric_jitter(tensors[0] / 255, self.jitter, rng) * 255).round().byte()
+                for k in (0, 2)[: len(tensors) - 1] if self.jitter else ():  # x_s and, each by its own draw, x_g
+                    tensors[k] = (photometric_jitter(tensors[k] / 255, self.jitter, rng) * 255).round().byte()
                 for name, tensor in zip(names, tensors, strict=True):
                     batch.setdefault(name, []).append(tensor)
             if self.target is not None:

@@ -284,6 +284,7 @@ KEYS = {
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
     "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
+    "selfens.jitter": Key(0.0, "float", "photometric jitter on supervised images, as in fseg.jitter; 0 is the paper's", 0, 2),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
 
     "eval.batch": Key(8, "int", "images predicted at a time", 1, 4096),

@@ -194,9 +194,10 @@ def main() -> None:
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
 
-    batches = Batches(cfg, "selfens", c.batch, c.crop, source=labelled, augmented=augmented, target=target)
+    domains = {"source": labelled, "augmented": augmented, "target": target}
+    batches = Batches(cfg, "selfens", c.batch, c.crop, **domains, jitter=c.jitter)
     last_domain = "x_t" if use_consistency else "x_g" if use_augmented else "x_s"
-    of_last = Batches(cfg, "selfens", c.batch, c.crop, target=target) if use_consistency else batches  # reads no more than it
+    of_last = Batches(cfg, "selfens", c.batch, c.crop, **({"target": target} if use_consistency else domains))  # not jittered
     sample = [of_last[k][last_domain] for k in range(32)]
 
     def readable_teacher():

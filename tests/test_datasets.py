@@ -3,6 +3,7 @@
 import functools
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -872,6 +873,17 @@ def test_jitter_touches_neither_label_nor_the_draw_of_the_geometry(folders):
     plain, jittered = (Batches(cfg, "test", 6, [12, 12], source=source, jitter=j)[2] for j in (0.0, 1.0))
     assert torch.equal(plain["y_s"], jittered["y_s"])
     assert not torch.equal(plain["x_s"], jittered["x_s"])
+
+
+def test_augmented_images_are_jittered_by_draws_of_their_own(folders, tmp_path):
+    """The same draw for x_s and x_g would tie two images that are to differ; the target, which is not labelled, stays."""
+    cfg = cfg_of(folders)
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    copies = Augmented(source, [Path(s.image) for s in source.samples], "copies")
+    plain, jittered = (Batches(cfg, "test", 6, [12, 12], source, copies, target, jitter=j)[2] for j in (0.0, 1.0))
+    assert torch.equal(plain["x_s"], plain["x_g"])
+    assert torch.equal(plain["x_t"], jittered["x_t"]) and torch.equal(plain["y_s"], jittered["y_s"])
+    assert not torch.equal(jittered["x_s"], jittered["x_g"]) and not torch.equal(plain["x_g"], jittered["x_g"])
 
 
 def test_to_float_and_colourise():
