@@ -44,13 +44,28 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 # What mixes or draws over a batch does so over the whole one, though each process has but a part of it: N processes are one.
 
 
+def dropped(ones: Tensor, p: float) -> Tensor:
+    """F.dropout(ones, p) for (N, C, H, W) on the CPU, in a fourth of the time; p in steps of 1/65536.
+
+    torch draws and compares one number in double precision for each element; this draws 64 bits for each four. In a
+    self-ensembling step it is the difference between a fifth and a twentieth of the time.
+    """
+    n, c, h, w = ones.shape
+    bits = torch.empty(-(-ones.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: ones.numel()]
+    threshold = round(p * 2**16)
+    kept = bits.view(n, h, w, c).permute(0, 3, 1, 2) >= threshold - 2**15  # in memory's order, channels last
+    return kept.to(ones.dtype).mul_(2**16 / (2**16 - threshold))
+
+
 class Dropout(nn.Dropout):
     """torch's, where a process's draws are its part of the draws for the whole batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if world() == 1 or not self.training:
-            return super().forward(x)
-        return x * own_part(F.dropout(whole_batch(x).fill_(1), self.p))
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return x * own_part(dropped(whole_batch(x), self.p))
+        return super().forward(x) if world() == 1 else x * own_part(F.dropout(whole_batch(x).fill_(1), self.p))
 
 
 class Dropout2d(nn.Dropout2d):

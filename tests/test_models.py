@@ -404,3 +404,22 @@ def test_estimates_in_the_configs_are_what_the_command_prints(name, capsys, monk
     assert f"{hours} GPU hours" in text
     assert f"({flops['f_seg']} TFLOP for f_seg, {flops['gan']} for G and D, {flops['selfens']} for self-ensembling)" in text
     check_depth(load_config(str(path)))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_each_element_with_probability_p(p):
+    """Drawn by our own code on the CPU: shares, scale, independence of neighbours, gradient, and nothing in eval mode."""
+    torch.manual_seed(0)
+    layer = models.Dropout(p)
+    x = torch.ones(8, 16, 33, 31).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    kept = (y != 0).double()
+    n, deviation = x.numel(), (p * (1 - p)) ** 0.5
+    assert float(kept.mean()) == pytest.approx(1 - p, abs=4 * deviation / n**0.5)
+    torch.testing.assert_close(y[y != 0].detach(), torch.full((int(kept.sum()),), 1 / (1 - p)), atol=0, rtol=1e-4)
+    for dim in range(4):  # neighbours of each kind: images, channels, rows, columns
+        a, b = kept.narrow(dim, 0, x.shape[dim] - 1) - (1 - p), kept.narrow(dim, 1, x.shape[dim] - 1) - (1 - p)
+        assert abs(float((a * b).mean())) < 4 * deviation**2 / a.numel() ** 0.5
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y)
+    assert layer(x).ne(y).any() and torch.equal(layer.eval()(x), x)
