@@ -58,14 +58,18 @@ def dropped(ones: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """torch's, where a process's draws are its part of the draws for the whole batch."""
+    """torch's, where a process's draws are its part of the draws for the whole batch; `domains` as in `BatchNorm`."""
+
+    domains = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x * own_part(dropped(whole_batch(x), self.p))
-        return super().forward(x) if world() == 1 else x * own_part(F.dropout(whole_batch(x).fill_(1), self.p))
+        ours = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if world() == 1 and not ours:
+            return super().forward(x)
+        kept = dropped(whole_batch(x), self.p) if ours else F.dropout(whole_batch(x).fill_(1), self.p)
+        return x * (kept if world() == 1 else torch.cat([own_part(part) for part in kept.chunk(self.domains)]))
 
 
 class Dropout2d(nn.Dropout2d):
@@ -91,7 +95,39 @@ class AllReduce(torch.autograd.Function):
         return AllReduce.forward(None, g)
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class Divided:
+    """Batch norm of batches that hold several domains, one after the other and of one size.
+
+    In training mode the batch is `domains` equal parts, each normalised by its own statistics; the running ones follow
+    the last part's.
+    """
+
+    domains = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) -> the same."""
+        if self.domains == 1 or not self.training:
+            return super().forward(x)
+        *others, last = x.chunk(self.domains)
+        return torch.cat([*map(self.by_its_own, others), super().forward(last)])
+
+    def by_its_own(self, x: Tensor) -> Tensor:
+        """Normalised by x's own statistics, without a trace in the running ones."""
+        momentum, self.momentum = self.momentum, 0.0
+        x = super().forward(x)
+        self.momentum = momentum
+        self.num_batches_tracked -= 1
+        return x
+
+
+class BatchNorm(Divided, nn.BatchNorm2d):
+    """torch's, divided."""
+
+    def by_its_own(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class BatchNormOfAll(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, for the CPU: torch has one for GPUs alone."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,15 +147,23 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return (z * gamma[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
+class SyncBatchNorm(Divided, BatchNormOfAll):
+    """The same, divided."""
+
+
+class CudaSyncBatchNorm(Divided, nn.SyncBatchNorm):
+    """torch's for GPUs, divided."""
+
+
 def synchronised(net: nn.Module, device: torch.device) -> nn.Module:
     """`net` with its batch norm taken over all processes; names and values of its state stay. One process: as it is."""
     if world() == 1:
         return net
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for m in net.modules():
-        if type(m) is nn.BatchNorm2d:
-            m.__class__ = SyncBatchNorm  # the same attributes, another forward
+        if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            m.__class__ = CudaSyncBatchNorm if device.type == "cuda" else SyncBatchNorm  # the same attributes, another forward
     return net
 
 
@@ -343,10 +387,12 @@ class VGGSegmenter(nn.Module):
         super().__init__()
         plan = [c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]]
         self.features = make_layers(plan, batch_norm)
-        for m in self.features:  # torchvision's own initialisation of VGG
-            if isinstance(m, nn.Conv2d):
+        for i, m in enumerate(self.features):
+            if isinstance(m, nn.Conv2d):  # torchvision's own initialisation of VGG
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.BatchNorm2d):
+                self.features[i] = BatchNorm(m.num_features)
         self.batch_norm = batch_norm
         self.trunk_channels = [c for c in plan if c != "M"]
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)

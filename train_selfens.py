@@ -66,22 +66,29 @@ def track_statistics(model: nn.Module, on: bool) -> None:
 class DomainPasses(nn.Module):
     """The student's passes of one step as one module, so that whatever wraps it sees one forward and one backward.
 
-    With batch norm, one pass per domain, so that each is normalised by its own batch statistics. The running ones, which
-    the teacher and the evaluation use, are those of the last domain: of target images wherever there are any. One pass
-    for all with the normalisation alone divided has to put the parts together again after each layer: it gains where
-    batches are small and loses where images are large, a few per cent either way (tests/bench.py; README, Speed).
-    Without batch norm there is nothing to divide, and domains of one size do pass together.
+    With batch norm each domain is normalised by its own batch statistics. The running ones, which the teacher and the
+    evaluation use, are those of the last domain: of target images wherever there are any. Domains of one size pass
+    together, the normalisation alone being divided: on a CPU that saves a quarter of the time at batch 1, less at larger
+    batches, and costs a few per cent where images are large (README, Speed). Others pass one after the other.
     """
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net = net
-        self.divided = any(isinstance(m, BatchNorm) for m in net.modules())
+        self.net, self.layers = net, [m for m in net.modules() if hasattr(m, "domains")]
 
     def forward(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """One (N, 3, H, W) batch per domain -> the logits of each, (N, classes, ceil(H/8), ceil(W/8))."""
-        if not self.divided and len({x.shape for x in batches}) == 1:
-            return [*self.net(torch.cat(batches)).chunk(len(batches))]
+        if len({x.shape for x in batches}) > 1:
+            return self.one_by_one(batches)
+        for m in self.layers:
+            m.domains = len(batches)
+        logits = self.net(torch.cat(batches)).chunk(len(batches))
+        for m in self.layers:
+            m.domains = 1
+        return [*logits]
+
+    def one_by_one(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The same from a pass per domain."""
         logits = []
         for k, x in enumerate(batches, 1):
             track_statistics(self.net, k == len(batches))

@@ -62,13 +62,14 @@ def steps(tmp_path_factory):
     return run
 
 
-def test_two_processes_are_one_with_the_whole_batch(steps):
+@pytest.mark.parametrize("batch_norm", [1, 0])
+def test_two_processes_are_one_with_the_whole_batch(steps, batch_norm):
     """Losses, gradients and weights of f_seg, G, D, student and teacher, with batch norm, noise, dropout and ignored pixels.
 
     In float64, so that nothing but the mathematics can differ: labelled pixels, batch statistics, noise and dropout all
     have to be those of the whole batch. Plain averages over processes would not be.
     """
-    one, two = steps(1, 1, 1), steps(2, 1, 1)
+    one, two = steps(1, 1, batch_norm), steps(2, 1, batch_norm)
     close(one, two, 1e-9)
 
 
