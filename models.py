@@ -461,7 +461,11 @@ class FCN8s(VGGSegmenter):
         pool3 = self.features[: self.pool3](self.normalise(pad_to_multiple(x, 32)))
         pool4 = self.features[self.pool3 : self.pool4](pool3)
         pool5 = self.features[self.pool4 :](pool4)
-        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(pool5))))))
+        # Of fc6's kernel only what can meet the map: the rest meets padding alone, costs time, and for a map of 1 or 2 rows
+        # it has memory's old content for a gradient (torch 2.15, CPU, bfloat16).
+        r, c = (min(3, n - 1) for n in pool5.shape[-2:])
+        fc6 = F.conv2d(pool5, self.fc6.weight[:, :, 3 - r : 4 + r, 3 - c : 4 + c], self.fc6.bias, padding=(r, c))
+        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(fc6)))))
         score = self.up7(self.score7(fc7)) + self.score4(pool4)
         score = self.up4(score) + self.score3(pool3)
         return self.up3(score)[..., :height, :width]

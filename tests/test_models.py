@@ -215,6 +215,30 @@ def test_pretrained_file_errors_name_the_file(tmp_path):
         DeepLabVGG16(3, 0.05, pretrained=str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 3), (3, 5), (4, 8)])
+def test_fc6_on_maps_that_are_smaller_than_its_window(rows, columns):
+    """Small crops: the parts of the 7x7 window that meet padding alone have a gradient of 0, in bfloat16, too."""
+    torch.manual_seed(0)
+    net = FCN8s(3, 0.25).eval()
+    x = torch.rand(4, 3, 32 * rows, 32 * columns) * 2 - 1
+    whole = F.conv2d(net.features(net.normalise(x)), net.fc6.weight, net.fc6.bias, padding=3)
+    seen = []
+    net.fc7.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(x)
+    torch.testing.assert_close(seen[0], F.relu(whole), atol=1e-5, rtol=1e-4)
+    for _ in range(5):
+        used = [torch.full((net.fc6.weight.numel() // k,), torch.nan) for k in (1, 2, 4)]
+        del used  # what memory holds before the gradient is written there
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x).float().square().mean().backward()
+        gradient = net.fc6.weight.grad
+        assert torch.isfinite(gradient).all() and gradient.any()
+        for k in range(7):
+            assert abs(k - 3) < rows or not gradient[:, :, k].any()
+            assert abs(k - 3) < columns or not gradient[:, :, :, k].any()
+
+
 # ------------------------------------------------------------------------------------------------------- geometry
 
 
