@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
-from conftest import ENV, REPO
+from conftest import ENV, REPO, make_cfg
 from survive import command, outcome, prepare
 from test_survive import FEW
 
 import augment
+import datasets
 import evaluate
 import train_gan
 import train_selfens
-from runtime import load_checkpoint
+from datasets import Batches, Scenes
+from runtime import UserError, load_checkpoint
 
 
 def torchrun(processes: int, *words, **options) -> subprocess.Popen:
@@ -81,6 +83,28 @@ def test_accumulated_parts_are_the_whole_batch(steps):
     close({k: whole["weights"][k] for k in ("G", "D")}, {k: parts["weights"][k] for k in ("G", "D")}, 1e-9)
     first = [r["losses"]["L_sup"][0] for r in (whole, parts)]
     torch.testing.assert_close(*first, atol=0.2, rtol=0.1)  # other dropout, the same sum over the same pixels
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_the_processes_parts_are_the_batch_of_one(monkeypatch, processes):
+    """Whatever their number, and so whatever it was before a run was resumed, step k draws the same six images."""
+    cfg = make_cfg(source__images=9, target__images=7, selfens__batch=6)
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    whole, parts = Batches(cfg, "selfens", 6, [32, 48], source, target=target), []
+    monkeypatch.setattr(datasets, "world", lambda: processes)
+    for rank in range(processes):
+        monkeypatch.setattr(datasets, "rank", lambda rank=rank: rank)
+        parts.append(Batches(cfg, "selfens", 6, [32, 48], source, target=target))
+    for step in (0, 3):
+        for name, x in whole[step].items():
+            assert torch.equal(torch.cat([part[step][name] for part in parts]), x)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
+    """One process with fewer images than the others would weigh its own more: the key and the mend are named."""
+    monkeypatch.setattr(datasets, "world", lambda: 2)
+    with pytest.raises(UserError, match=r"selfens\.batch=6: 2 processes with selfens\.accumulate=2 .* multiple of 4"):
+        Batches(make_cfg(selfens__accumulate=2), "selfens", 6, None)
 
 
 @pytest.fixture(scope="module")
