@@ -114,8 +114,11 @@ def ratio(above: list, below: list) -> float:
     return median(total(a) / total(b) for a, b in zip(above, below, strict=True))
 
 
-def measure_peak(device, precision) -> dict:
-    """{name: FLOP/s} of a large matrix product and a large convolution."""
+def measure_peak(device, precision, peaks: dict) -> None:
+    """Raises peaks[precision], {name: FLOP/s} of a large matrix product and a large convolution, where they are faster now.
+
+    (Called before each measurement: on a machine that others use as well, one time would not do.)
+    """
     big = device.type == "cuda"
     n, channels, side, batch = (8192, 512, 128, 8) if big else (2048, 256, 48, 4)
     a, b = (torch.randn(n, n, device=device) for _ in range(2))
@@ -133,9 +136,10 @@ def measure_peak(device, precision) -> dict:
         clock("")
 
     with torch.no_grad():
-        times = take_turns(device, 8, 2, product=product, convolution=convolution)
-    flops = {"product": 2 * n**3, "convolution": 2 * x.numel() * channels * 9}
-    return {name: flops[name] / (min(map(total, found)) / 1000) for name, found in times.items()}  # at its best
+        times = take_turns(device, 4, 2, product=product, convolution=convolution)
+    flops, best = {"product": 2 * n**3, "convolution": 2 * x.numel() * channels * 9}, peaks.setdefault(precision, {})
+    for name, found in times.items():
+        best[name] = max(best.get(name, 0.0), flops[name] / (min(map(total, found)) / 1000))
 
 
 def reset_memory(device) -> None:
@@ -294,9 +298,10 @@ def build(stage: str, cfg, size, batch: int, precision: str, compiled: bool, dev
                            flops=counter.get_total_flops())
 
 
-def measure(stage: str, cfg, size, batch, precision, device, peak, rounds) -> tuple[dict, SimpleNamespace]:
+def measure(stage: str, cfg, size, batch, precision, device, peaks, rounds) -> tuple[dict, SimpleNamespace]:
     """All of one stage's numbers at one setting, and what `build` made."""
     arithmetic, _, compiled = precision.partition("+")
+    measure_peak(device, arithmetic, peaks)
     reset_memory(device)
     work = build(stage, cfg, size, batch, arithmetic, bool(compiled), device)
     times = take_turns(device, rounds, 3, step=work.step, passes=work.passes, updates=work.updates)
@@ -309,7 +314,7 @@ def measure(stage: str, cfg, size, batch, precision, device, peak, rounds) -> tu
         **({"EMA / step": median(u["EMA"] / total(s) for u, s in zip(times["updates"], times["step"], strict=True))}
            if stage == "selfens" else {}),
         "steps per second": 1000 / step_ms, "ms": {"step": step_ms, "bare passes": bare_ms, **parts},
-        "GFLOP per step": work.flops / 1e9, "share of peak": work.flops / (step_ms / 1000) / peak[arithmetic],
+        "GFLOP per step": work.flops / 1e9, "FLOP per second": work.flops / (step_ms / 1000),
         "peak memory, MiB": peak_memory(device) / 2**20,
     }  # fmt: skip
     if stage == "selfens" and not compiled:
@@ -461,15 +466,12 @@ def main() -> None:
     height, width = cfg.source.size
     sizes = numbers(args.sizes, "--sizes") if args.sizes else [[height // 2, width // 2], [height, width]]
     batches = numbers(args.batches, "--batches")
-    peaks = {p: measure_peak(device, p) for p in {precision.partition("+")[0] for precision in (own, *precisions)}}
-    peak = {p: max(found.values()) for p, found in peaks.items()}
-
-    ratios, rows, sweep, waiting = {}, [], [], {}
+    ratios, rows, sweep, waiting, peaks = {}, [], [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         root = make_gta5(Path(folder, "gta5"), args.images) if args.images else None
         for stage, title in STAGES.items():
             c = getattr(cfg, stage)
-            row, work = measure(stage, cfg, c.crop or cfg.source.size, c.batch, own, device, peak, args.rounds)
+            row, work = measure(stage, cfg, c.crop or cfg.source.size, c.batch, own, device, peaks, args.rounds)
             row["ms"] |= measure_writing(work, cfg, device, Path(folder, stage))
             ratios[f"{title} step / its bare passes"] = row["step / bare passes"]
             ratios[f"{title} update / step"] = row["update / step"]
@@ -490,27 +492,27 @@ def main() -> None:
         for precision, faster in measure_munit(cfg, device, args.rounds).items():
             ratios[f"GAN at MUNIT's widths, 128x128, batch 1, {precision}: times as fast as the plain float32 step"] = faster
 
-    print("\nratios")
+    for stage in STAGES:
+        for precision in precisions:
+            for size in sizes:
+                for batch in batches:
+                    sweep.append(measure(stage, cfg, size, batch, precision, device, peaks, max(3, args.rounds // 3))[0])
+    for row in (*rows, *sweep):
+        row["share of peak"] = row["FLOP per second"] / max(peaks[row["precision"].partition("+")[0]].values())
+
+    print("ratios")
     for name, value in ratios.items():
         print(f"{value:9.4f}  {name}")
     print(f"\n{'':<17}{'size':>9}{'batch':>6}  {'precision':<17}{'step/bare':>10}{'of peak':>9}{'steps/s':>9}{'images/s':>10}"
           f"{'GFLOP':>9}{'MiB':>8}{'joined':>8}")
 
-    def show(row):
+    for row in (*rows, *sweep):
         images = row["batch"] * {"fseg": 1, "gan": 2, "selfens": 3}[row["stage"]]
         print(f"{STAGES[row['stage']]:<17}{row['size'][0]:>5}x{row['size'][1]:<4}{row['batch']:>5}  {row['precision']:<17}"
               f"{row['step / bare passes']:>10.3f}{row['share of peak']:>9.3f}{row['steps per second']:>9.2f}"
               f"{images * row['steps per second']:>10.1f}{row['GFLOP per step']:>9.1f}{row['peak memory, MiB']:>8.0f}"
               + (f"{row['joined / a pass per domain']:>8.3f}" if "joined / a pass per domain" in row else ""))
 
-    for row in rows:
-        show(row)
-    for stage in STAGES:
-        for precision in precisions:
-            for size in sizes:
-                for batch in batches:
-                    sweep.append(measure(stage, cfg, size, batch, precision, device, peak, max(3, args.rounds // 3))[0])
-                    show(sweep[-1])
     print("\nms per part")
     for row in rows:
         print(f"{STAGES[row['stage']]}: " + ", ".join(f"{part} {ms:.1f}" for part, ms in row["ms"].items()))
