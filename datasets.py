@@ -969,7 +969,7 @@ def _one_thread() -> None:
 
 def to_float(x: Tensor, device) -> Tensor:
     """(N, 3, h, w) uint8 -> float32 in [-1, 1] on the device, channels last."""
-    return (x.to(device, non_blocking=True).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
 def colourise(ids, classes: dict) -> np.ndarray:
