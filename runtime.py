@@ -8,6 +8,7 @@ import argparse
 import difflib
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -500,6 +501,7 @@ def run_main(main) -> None:
         line = f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again"
     else:
         if dist.is_initialized():
+            gc.collect()  # the networks' wrappers first: what is left of them may wait for the group for ever (torch 2.11)
             dist.destroy_process_group()
         return
     print(f"error: {one_line(line)}" if world() == 1 else f"error: process {rank()}: {one_line(line)}", file=sys.stderr)

@@ -75,9 +75,9 @@ def main() -> None:
                           for k, p in nets[name].named_parameters()},
             "losses": losses,
         }, out)  # fmt: skip
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():  # after the networks, whose wrappers may wait for it for ever (torch 2.11)
+        dist.destroy_process_group()
