@@ -19,6 +19,7 @@ import json
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -160,31 +161,32 @@ def ready_images(cfg, source: Scenes) -> list[Path]:
     return found
 
 
-def build_translator(cfg, source: Scenes, target: Scenes, data: dict):
-    """(translate, read, what it is): `augment.method` as a function, and the digest that tells its images from others'.
+def build_translator(cfg, source: Scenes, data: dict):
+    """(translate, ready, digest): `augment.method` as a function, and what tells its images from others'.
 
-    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] on the device -> (N, 3, H, W); read: ready images, or None.
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] on the device -> (N, 3, H, W); ready: for `folder`, the files that
+    take the place of the source images, else None. data: digests of what a generator must have been trained on.
     Raises UserError where a generator is not trained to its end, or was trained with another config or other data.
     """
-    method, ready = cfg.augment.method, None
-    if method == "gan":
-        checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
-        state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
-        refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
-        refuse_data(state.get("data"), data, checkpoint)
-        if state["step"] < cfg.gan.steps:
-            raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py "
-                            "again, it continues")
-        G = build_generator(cfg)
-        load_weights(G, state["G"], checkpoint)
-        G = G.to(get_device(cfg), memory_format=torch.channels_last).eval()
-        return G, ready, weights_digest(state["G"])
+    method = cfg.augment.method
+    if method == "reinhard":
+        return reinhard, None, method
+    if method == "fda":
+        return partial(fda, beta=cfg.augment.fda_beta), None, f"fda {cfg.augment.fda_beta:g}"
     if method == "folder":
         ready = ready_images(cfg, source)
         sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()[:16]
         return (lambda x_s, x_t: x_s), ready, f"folder {sizes}"
-    return (reinhard, ready, method) if method == "reinhard" else \
-        (lambda x_s, x_t: fda(x_s, x_t, cfg.augment.fda_beta), ready, f"fda {cfg.augment.fda_beta:g}")
+    checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
+    state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
+    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
+    refuse_data(state.get("data"), data, checkpoint)
+    if state["step"] < cfg.gan.steps:
+        raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py again, "
+                        "it continues")
+    G = build_generator(cfg)
+    load_weights(G, state["G"], checkpoint)
+    return G.to(get_device(cfg), memory_format=torch.channels_last).eval(), None, weights_digest(state["G"])
 
 
 def main() -> None:
@@ -194,7 +196,7 @@ def main() -> None:
     cfg, args = command_line(__doc__, (*SECTIONS, "gan"), arguments)
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
     data = {"source train": source.digest, "target train": target.digest}
-    translate, ready, generator = build_translator(cfg, source, target, data)
+    translate, ready, generator = build_translator(cfg, source, data)
 
     # Images of another generator, config or other data must not mix with this one's.
     folder = Path(cfg.output, cfg.name, "augmented")

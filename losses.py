@@ -35,17 +35,16 @@ def lsgan_g(fake: list[Tensor]) -> Tensor:
 
 
 def labelled_pixels(y: Tensor) -> Tensor:
-    """Number of pixels of y (N, H, W) that are not IGNORE, at least 1; with several processes the mean of theirs."""
-    return (all_sum((y != IGNORE).sum()) / world() if world() > 1 else (y != IGNORE).sum()).clamp(min=1)
+    """Number of pixels of y (N, H, W) that are not IGNORE, at least 1 in all; with several processes the mean of theirs."""
+    return all_sum((y != IGNORE).sum()).clamp(min=1) / world()
 
 
 def cross_entropy(logits: Tensor, y: Tensor, pixels: Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0 (with a gradient of 0) if there are none.
 
-    pixels: the number to divide by, where y is but a part of the batch (see `labelled_pixels`).
-
-    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE -> scalar. This is L_sup's term, and with f_seg's
-    logits of a generated image and the source label it is L_sem.
+    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; pixels: the number to divide by, where y is but a part
+    of the batch (see `labelled_pixels`) -> scalar. This is L_sup's term, and with f_seg's logits of a generated image and
+    the source label it is L_sem.
     """
     total = F.cross_entropy(wide(logits), y, ignore_index=IGNORE, reduction="sum")
     return total / (labelled_pixels(y) if pixels is None else pixels)

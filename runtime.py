@@ -16,14 +16,12 @@ import platform
 import re
 import reprlib
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
 import zipfile
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -726,16 +724,21 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
     mend: what to do where it cannot be used, for the error message; parts: the state dicts that it must hold.
     Raises UserError for a missing or foreign file, TornFile for a damaged one.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint; {mend}")
     try:
-        # torch writes a zip archive with a CRC-32 of every record and reads it without looking at them.
-        # Nothing in it is compressed: a small file cannot become a large one.
-        with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type for record in archive.infolist()) or archive.testzip() is not None:
-                raise zipfile.BadZipFile
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError, struct.error, zlib.error):
-        raise TornFile(f"{path}: torn or damaged (a checksum does not hold, or it is no checkpoint at all); {mend}") from None
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; {mend}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+    try:
+        # torch writes a zip archive with a CRC-32 of every record and reads it without looking at them. Nothing in it is
+        # compressed: a small file cannot become a large one.
+        with file, zipfile.ZipFile(file) as archive:
+            whole = archive.testzip() is None and not any(record.compress_type for record in archive.infolist())
+    except Exception:  # a parser of bytes that may be anything
+        whole = False
+    if not whole:
+        raise TornFile(f"{path}: torn or damaged (a checksum does not hold, or it is no checkpoint at all); {mend}")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on a foreign file: the error is one line
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -31,7 +31,7 @@ from runtime import (
     set_lr, silent, to_uint8, whole_batch,
 )  # fmt: skip
 
-BatchNorm = (nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class MovingAverage:
@@ -59,7 +59,7 @@ class MovingAverage:
 def track_statistics(model: nn.Module, on: bool) -> None:
     """Whether a pass in training mode moves batch norm's running statistics; it normalises by the batch's own either way."""
     for m in model.modules():
-        if isinstance(m, BatchNorm):
+        if isinstance(m, BATCH_NORMS):
             m.momentum = 0.1 if on else 0.0
 
 
@@ -68,8 +68,8 @@ class DomainPasses(nn.Module):
 
     With batch norm each domain is normalised by its own batch statistics. The running ones, which the teacher and the
     evaluation use, are those of the last domain: of target images wherever there are any. Domains of one size pass
-    together, the normalisation alone being divided: on a CPU that saves a quarter of the time at batch 1, less at larger
-    batches, and costs a few per cent where images are large (README, Speed). Others pass one after the other.
+    together, the normalisation alone being divided, which is faster, most of all at batch 1 (README, Speed). Others pass
+    one after the other.
     """
 
     def __init__(self, net: nn.Module):
@@ -104,7 +104,7 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
     Averaged weights are a network of their own, whose activations no running average of the student's describes exactly
     (Izmailov et al. 2018, stochastic weight averaging); and the student's come from images with noise added.
     """
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     if not norms:
         return
     model.eval()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 from losses import IGNORE, consistency, cross_entropy, lsgan_d, lsgan_g, sigmoid_ramp_up
 from models import FCN8s, Generator, MultiScaleDiscriminator
 
@@ -128,3 +129,14 @@ def test_discriminator_update_leaves_the_generator_alone():
     lsgan_d(D(x), D(G(x, x).detach())).backward()
     assert all(p.grad is None for p in G.parameters())
     assert all(p.grad is not None for p in D.parameters())
+
+
+def test_labelled_pixels_of_several_processes(monkeypatch):
+    """The mean of their numbers, so that averaged gradients are the whole batch's: also where one pixel is all they have."""
+    y = torch.full((1, 4, 4), IGNORE)
+    assert float(losses.labelled_pixels(y)) == 1
+    y[0, 0, 0] = 2
+    assert float(losses.labelled_pixels(y)) == 1
+    monkeypatch.setattr(losses, "world", lambda: 2)
+    monkeypatch.setattr(losses, "all_sum", lambda n: n)  # the other process has none
+    assert float(losses.labelled_pixels(y)) == 0.5
