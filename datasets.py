@@ -776,6 +776,12 @@ class Scenes:
         listed = json.dumps([[s.name, *size] for s, size in zip(self.samples, sizes, strict=True)])
         return f"{len(self)} samples {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
 
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(images, classes) number of labelled pixels, at the size of training. Reads every label."""
+        return np.array([np.bincount(self.label(i).flatten().numpy(), minlength=IGNORE + 1)[: len(self.classes)]
+                         for i in tqdm(range(len(self)), "labels", mininterval=1, leave=False, disable=rank() > 0)])
+
     def _cached(self, kind: str, i: int, path: str | None, make) -> Tensor:
         """The value of `kind` for sample i, from memory, from the disk cache or from make(), which reads `path`."""
         value = self._cache.get((kind, i))
@@ -857,12 +863,27 @@ def _order(*key, n: int) -> np.ndarray:
     return random_generator(*key).permutation(n)
 
 
+def images_by_class(source: Scenes, rare: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rare-class sampling (Hoyer, Dai, Van Gool 2022, DAFormer): a class is drawn, then one of the images that have it.
+
+    rare: temperature T of P(c) ~ exp((1 - f_c) / T), f_c the class's share of the labelled pixels -> (P (C,), for each class
+    the indices of the images in which it has 1 pixel in 1,000 or more). A class that no image has so much of has P = 0.
+    """
+    images = [np.flatnonzero(some >= source.size[0] * source.size[1] / 1000) for some in source.pixels.T]
+    there = np.array([len(some) > 0 for some in images])
+    if not there.any():
+        raise UserError("rare: no source image has a class in 1 pixel of 1,000; set it to 0")
+    share = source.pixels.sum(0) / source.pixels.sum()
+    p = there * np.exp(np.minimum(0, share[there].min() - share) / rare)  # divided by the greatest, which might overflow
+    return p / p.sum(), images
+
+
 class Batches(torch.utils.data.Dataset):
     """Item `step` (0, 1, ...) is the whole batch of that step, a function of (seed, stage, step) alone.
 
     So neither the number of loader workers nor a resumed run changes what is drawn. Every domain goes through its
-    images in a new random order each epoch. Of several processes, each gets its own N images of the step's batch. The
-    batch is a dictionary of uint8 tensors:
+    images in a new random order each epoch; with `STAGE.rare`, source images are drawn by class (see images_by_class).
+    Of several processes, each gets its own N images of the step's batch. The batch is a dictionary of uint8 tensors:
         x_s (N, 3, h, w), y_s (N, h, w)   source images and labels
         x_g (N, 3, h, w)                  an augmented version of the same source images, flipped and cropped with them
         x_t (N, 3, h, w)                  target images
@@ -879,12 +900,17 @@ class Batches(torch.utils.data.Dataset):
                             f"accumulate={accumulate} cannot share it evenly; make it a multiple of {world() * accumulate}")
         self.part = range(rank() * batch // world(), (rank() + 1) * batch // world())
         self.source, self.augmented, self.target, self.jitter = source, augmented, target, jitter
+        rare = getattr(getattr(cfg, stage, None), "rare", 0)
+        self.by_class = images_by_class(source, rare) if rare and source is not None else None
         for scenes in (source, target):
             if crop and scenes is not None and (crop[0] > scenes.size[0] or crop[1] > scenes.size[1]):
                 raise UserError(f"{stage}.crop={list(crop)}: larger than {scenes.role}.size={list(scenes.size)}; lower it, "
                                 "or set it to null for whole images")
 
     def _index(self, domain: str, position: int, n: int) -> int:
+        if domain == "source" and self.by_class:
+            rng, (p, images) = random_generator(self.seed, self.stage, "rare", position), self.by_class
+            return int(rng.choice(images[rng.choice(len(p), p=p)]))
         return int(_order(self.seed, self.stage, domain, position // n, n=n)[position % n])
 
     def _geometry(self, rng, *tensors: Tensor) -> list[Tensor]:

@@ -50,13 +50,38 @@ def cross_entropy(logits: Tensor, y: Tensor, pixels: Tensor | None = None) -> Te
     return total / (labelled_pixels(y) if pixels is None else pixels)
 
 
-def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def consistency(student_logits: Tensor, teacher_logits: Tensor, confidence: float = 0.0, balance: float = 0.0) -> Tensor:
     """L_con: mean squared error between the two softmaxes, **mean over batch, classes and cells**.
 
     student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2/C]. No gradient reaches the
     teacher. delta_con has a meaning only together with this reduction: a sum over classes would be C times as large.
+
+    confidence, 0 to 1: cells where the teacher's highest probability is lower count as 0 (French et al. 2018; the mean
+    remains one over all cells). balance, 0 to 1: a cell weighs (share of its class)^-balance, its class being the
+    teacher's and shares taken over the batch (1 % at least), divided by the mean weight. Both 0: the paper's term.
     """
-    return F.mse_loss(wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1))
+    s, t = wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1)
+    if not confidence and not balance:
+        return F.mse_loss(s, t)
+    highest, k = t.max(1)
+    weight = torch.ones_like(highest)
+    if balance:
+        cells = all_sum(F.one_hot(k, t.shape[1]).sum((0, 1, 2)))
+        share = cells / cells.sum()
+        per_class = share.clamp(min=0.01) ** -balance
+        weight = (per_class / (per_class * share).sum())[k]
+    return ((s - t).square().mean(1) * weight * (highest >= confidence)).mean()
+
+
+def style_statistics(x: Tensor) -> Tensor:
+    """Style as six numbers, mean and deviation of each colour channel over the image: (N, 3, H, W) -> (N, 6)."""
+    var, mean = torch.var_mean(wide(x), (2, 3), correction=0)
+    return torch.cat([mean, (var + 1e-6).sqrt()], 1)
+
+
+def style_loss(x_g: Tensor, x_t: Tensor) -> Tensor:
+    """L_style: mean distance of the generated images' style statistics from their guides' -> scalar. Not in the paper."""
+    return (style_statistics(x_g) - style_statistics(x_t)).abs().mean()
 
 
 def sigmoid_ramp_up(step: int, length: float) -> float:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from losses import wide
-from runtime import UserError, command_line, load_weights, own_part, run_main, whole_batch, world
+from runtime import UserError, command_line, load_checkpoint, load_weights, own_part, run_main, whole_batch, world
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -315,21 +315,23 @@ def build_generator(cfg) -> Generator:
 class MultiScaleDiscriminator(nn.Module):
     """PatchGANs on an image pyramid, in the manner of pix2pixHD (Wang et al. 2018), spectral norm on every convolution.
 
-    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the last.
+    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the last;
+    spectral: False leaves spectral norm out, to see what it is good for.
     """
 
-    def __init__(self, width=64, layers=4, scales=3):
+    def __init__(self, width=64, layers=4, scales=3, spectral=True):
         super().__init__()
-        self.patch_gans = nn.ModuleList(self._patch_gan(width, layers) for _ in range(scales))
+        norm = spectral_norm if spectral else nn.Identity()
+        self.patch_gans = nn.ModuleList(self._patch_gan(width, layers, norm) for _ in range(scales))
 
     @staticmethod
-    def _patch_gan(width: int, layers: int) -> nn.Sequential:
+    def _patch_gan(width: int, layers: int, norm) -> nn.Sequential:
         c, modules = 3, []
         for i in range(layers):
             c_out = width * min(2**i, 8)
-            modules += [spectral_norm(nn.Conv2d(c, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            modules += [norm(nn.Conv2d(c, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
             c = c_out
-        return nn.Sequential(*modules, spectral_norm(nn.Conv2d(c, 1, 1)))
+        return nn.Sequential(*modules, norm(nn.Conv2d(c, 1, 1)))
 
     def forward(self, x: Tensor, *more: Tensor) -> list:
         """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN).
@@ -349,6 +351,12 @@ class MultiScaleDiscriminator(nn.Module):
                 x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
             scores.append(patch_gan(x))
         return scores
+
+
+def build_discriminator(cfg) -> MultiScaleDiscriminator:
+    """The discriminator that the config's `gan.*` keys describe."""
+    c = cfg.gan
+    return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
 
 
 # ---------------------------------------------------------------------------------------------------------- VGG-16
@@ -516,9 +524,22 @@ class DeepLabVGG16(VGGSegmenter):
 
 
 def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
-    """The segmentation network that the config's `selfens.*` keys describe."""
+    """The segmentation network that the config's `selfens.*` keys describe.
+
+    pretrained: as in VGGSegmenter, or fseg: the trunk of the f_seg that this run's train_gan.py trained. Raises UserError
+    where there is none, it is not finished or has another width.
+    """
     c = cfg.selfens
-    return DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, pretrained)
+    net = DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, "none" if pretrained == "fseg" else pretrained)
+    if pretrained == "fseg":
+        path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+        state = load_checkpoint(path, "selfens.pretrained=fseg takes f_seg's trunk: run train_gan.py with this config first",
+                                ("f_seg",))
+        if not state["config"].get("fseg.checkpoint") and state["step"] < state["config"]["fseg.steps"]:
+            raise UserError(f"{path}: f_seg's training stopped at step {state['step']}; run train_gan.py again, it continues")
+        trunk = {k.removeprefix("features."): v for k, v in state["f_seg"].items() if k.startswith("features.")}
+        load_weights(net.features, trunk, f"{path} (selfens.width and selfens.batch_norm must be fseg's)")
+    return net
 
 
 # ------------------------------------------------------------------------------------------------------------ cost
@@ -567,7 +588,7 @@ def step_costs(cfg, classes: int) -> dict:
     c_f, c_g, c_s = cfg.fseg, cfg.gan, cfg.selfens
     with torch.device("meta"):
         f_seg, G = FCN8s(classes, c_f.width, c_f.batch_norm, c_f.dropout), build_generator(cfg)
-        D, segmenter = MultiScaleDiscriminator(c_g.d_width, c_g.d_layers, c_g.d_scales), build_segmenter(cfg, classes)
+        D, segmenter = build_discriminator(cfg), build_segmenter(cfg, classes)
         stages, costs = {
             "f_seg": (f_seg_step, c_f.steps, f_seg), "gan": (gan_step, c_g.steps, G, D),
             "augment": (torch.no_grad()(lambda: G(*[image(1, cfg.source.size)] * 2)), 0, G),

@@ -182,6 +182,7 @@ class Key:
 
 SCHEDULES = ("poly", "linear", "constant")
 SCHEDULE = "poly: (1 - step/steps)^0.9, linear: from half of the steps to 0, constant: steps may be raised later"
+RARE = "draws source images by class, a class by exp((1 - its share) / rare): small is strong, 0 is off"
 STEPS, SIDE = 10**9, 1 << 14  # highest number of steps, and of pixels along a side
 METHODS = ("gan", "reinhard", "fda", "folder")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
@@ -239,6 +240,7 @@ KEYS = {
     "fseg.schedule": Key("poly", "choice", "of the learning rate; " + SCHEDULE, choices=SCHEDULES),
     "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
+    "fseg.rare": Key(0.0, "float", RARE, 0, 10),
 
     "gan.steps": Key(2200, "int", "training steps of G and D", 0, STEPS),
     "gan.warmup_steps": Key(300, "int", "of these, first steps that train G as an auto-encoder; 0 is the paper's method", 0,
@@ -246,7 +248,9 @@ KEYS = {
     "gan.batch": Key(4, "int", "source and target images per step, over all processes", 1, 4096),
     "gan.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1, 4096),
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
+    "gan.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
+    "gan.lambda_style": Key(0.0, "float", "weight of L_style, which ties an image to its guide's colours; 0 is the paper's", 0),
     "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G", 0),
     "gan.lr_d": Key(1e-3, "float", "Adam learning rate of D", 0),
     "gan.schedule": Key("linear", "choice", "of both learning rates, as in fseg.schedule", choices=SCHEDULES),
@@ -259,6 +263,7 @@ KEYS = {
     "gan.d_width": Key(32, "int", "channels of D's first layer (MUNIT: 64)", 1, 4096),
     "gan.d_layers": Key(3, "int", "strided convolutions per scale of D (MUNIT: 4)", 1, 8),
     "gan.d_scales": Key(3, "int", "image scales D looks at (MUNIT: 3)", 1, 6),
+    "gan.spectral_norm": Key(True, "bool", "spectral normalisation of D's convolutions"),
 
     "augment.method": Key("gan", "choice", "translator: G, colour statistics, Fourier amplitudes, or ready images",
                           choices=METHODS),
@@ -268,9 +273,11 @@ KEYS = {
     "augment.batch": Key(8, "int", "images generated at a time", 1, 4096),
 
     "selfens.variant": Key("tgcf_da_se", "choice", "row of the paper's table", choices=VARIANTS),
-    "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet or a file of torchvision's weights"),
+    "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet, a file of torchvision's, or fseg: this run's f_seg's"),
     "selfens.width": Key(0.25, "float", "channels of the DeepLab VGG-16 relative to the published ones", 0.01, 4),
     "selfens.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
+    "selfens.statistics": Key("seen", "choice", "batch norm's come from target images if the variant sees any, else labelled "
+                              "ones; all it sees; target images", choices=("seen", "all", "target")),
     "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1, 1024),
     "selfens.dropout": Key(0.3, "float", "dropout probability in ASPP, student and teacher", 0, 0.99),
     "selfens.steps": Key(600, "int", "student updates", 0, STEPS),
@@ -283,15 +290,20 @@ KEYS = {
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
     "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
+    "selfens.confidence": Key(0.0, "float", "L_con leaves out cells where the teacher's highest probability is lower; 0 is the "
+                              "paper's", 0, 1),
+    "selfens.balance": Key(0.0, "float", "L_con weighs cells by (share of the teacher's class)^-balance; 0 is the paper's", 0, 1),
     "selfens.jitter": Key(0.0, "float", "photometric jitter on supervised images, as in fseg.jitter; 0 is the paper's", 0, 2),
+    "selfens.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
+    "selfens.snapshot_every": Key(0, "int", "steps between teachers that are kept for evaluate.py --curve; 0: none", 0, STEPS),
 
     "eval.batch": Key(8, "int", "images predicted at a time", 1, 4096),
 }
 # Keys that cannot change what a run computes; a resumed run may change them. (Of the roots, the checkpoint keeps a digest
 # of what lies there: data may move to a faster disk.)
 FREE_KEYS = ("name", "output", "device", "workers", "cache", "log_every", "sheet_every", "save_every", "eval.batch",
-             "source.root", "target.root", "source.follow_links", "target.follow_links")  # fmt: skip
+             "source.root", "target.root", "source.follow_links", "target.follow_links", "selfens.snapshot_every")  # fmt: skip
 # Keys that a resumed run may raise, where the steps so far did not depend on them. Every other key is refused.
 GROWING_KEYS = {
     "fseg.steps": lambda c: c["fseg.schedule"] == "constant",
@@ -834,8 +846,10 @@ def refuse_changes(then: dict, now: dict, where, stage: str | None = None) -> No
         return (key.startswith(f"{stage}.") and key in GROWING_KEYS and GROWING_KEYS[key](now)
                 and type(old) is type(new) is int and new > old)
 
-    changed = [f"{k} ({shown(then.get(k))} then, {shown(v)} now)" for k, v in sorted(now.items())
-               if then.get(k) != v and not grows(k, then.get(k), v)]
+    # A key that did not exist then is new since, and new keys' defaults leave things as they were.
+    before = {k: then.get(k, KEYS[k].default if k in KEYS else None) for k in now}
+    changed = [f"{k} ({shown(before[k])} then, {shown(v)} now)" for k, v in sorted(now.items())
+               if before[k] != v and not grows(k, before[k], v)]
     if changed:
         raise UserError(f"{where}: made with another config: {', '.join(changed)}; put the values back, choose another "
                         "'name', or use --restart where it was made")
@@ -1101,6 +1115,12 @@ class Run:
         atomic_write(path, lambda file: image.save(file, "PNG"))
         with writing(self.folder):
             self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
+
+    def snapshot(self, step: int, name: str, **state) -> None:
+        """Writes `state` with the step and config to NAME-STEP.pt, which nothing here reads again."""
+        if rank() == 0:
+            state |= {"step": step, "config": self.config}
+            atomic_write(self.folder / f"{name}-{step:07d}.pt", lambda file: torch.save(state, file))
 
     def save(self, step: int, **state) -> None:
         """Writes last.pt, all or nothing: `state` with the step, config, data and versions. The last one is previous.pt now.

@@ -15,8 +15,8 @@ import torch
 
 from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
 from evaluate import evaluate_model, iou_from_confusion
-from losses import cross_entropy, labelled_pixels, lsgan_d, lsgan_g
-from models import FCN8s, Generator, MultiScaleDiscriminator, build_generator, synchronised
+from losses import cross_entropy, labelled_pixels, lsgan_d, lsgan_g, style_loss, style_statistics
+from models import FCN8s, Generator, build_discriminator, build_generator, synchronised
 from runtime import (
     Run, UserError, agree, autocast, bare, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, parallel,
     random_generator, rank, run_main, seed_torch, set_lr, shown, silent, to_uint8, write_json,
@@ -128,7 +128,7 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
     number that does not vary over the guides counts as correlation 0.
     """
     def style(x):  # (K, 3, H, W) -> (K, 6), centred over the guides
-        s = torch.cat([x.float().mean((2, 3)), x.float().std((2, 3))], 1)
+        s = style_statistics(x)
         return s - s.mean(0)
 
     a, total = style(guides), 0.0
@@ -160,8 +160,8 @@ def warm_up_step(G, opt_g, x_s, x_t, cast, check, accumulate=1) -> dict:
     return {"L_rec": L_rec}
 
 
-def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, accumulate=1) -> dict:
-    """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars.
+def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, accumulate=1, lambda_style=0.0) -> dict:
+    """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars, and L_style where it has a weight.
 
     f_seg: frozen, in eval mode; x_s, x_t: (N, 3, H, W) in [-1, 1] on the networks' device; y_s: (N, H, W) train ids;
     cast: the context in which networks run; check(terms): called with the losses before each update, to raise where
@@ -191,20 +191,26 @@ def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, 
     opt_d.step()
 
     # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
+    # and, not in the paper, + lambda_style * L_style
     D.requires_grad_(False)
     opt_g.zero_grad()
-    L_GAN = L_sem = 0
+    L_GAN = L_sem = L_style = 0
     for k, (s, t, y) in enumerate(parts, 1):
         with silent(G, k < len(parts)):
             with cast:
                 x_g = generated[0] if accumulate == 1 else G(s, t)
                 scores, logits = bare(D)(x_g), f_seg(x_g)
             gan, sem = lsgan_g(scores) / accumulate, cross_entropy(logits, y, pixels)
-            (gan + lambda_sem * sem).backward()
+            loss = gan + lambda_sem * sem
+            if lambda_style:
+                style = style_loss(x_g, t) / accumulate
+                loss, L_style = loss + lambda_style * style, L_style + style.detach()
+            loss.backward()
         L_GAN, L_sem = L_GAN + gan.detach(), L_sem + sem.detach()
-    check({"L_GAN": L_GAN, "L_sem": L_sem})
+    terms = {"L_GAN": L_GAN, "L_sem": L_sem} | ({"L_style": L_style} if lambda_style else {})
+    check(terms)
     opt_g.step()
-    return {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
+    return {"L_D": L_D, **terms}
 
 
 def check_depth(cfg) -> None:
@@ -213,7 +219,7 @@ def check_depth(cfg) -> None:
     with torch.device("meta"):  # shapes without numbers: costs nothing at any width
         x, nets = torch.empty(1, 3, *size), {
             f"gan.downsamples={c.downsamples}": build_generator(cfg),
-            f"gan.d_layers={c.d_layers}, gan.d_scales={c.d_scales}": MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales),
+            f"gan.d_layers={c.d_layers}, gan.d_scales={c.d_scales}": build_discriminator(cfg),
         }
         for keys, net in nets.items():
             try:
@@ -239,7 +245,7 @@ def main() -> None:
         return
     f_seg = train_fseg(cfg, source, held_out)
     seed_torch(cfg.seed, "gan", "init")
-    G, D = build_generator(cfg), MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales)
+    G, D = build_generator(cfg), build_discriminator(cfg)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
     opt_g = torch.optim.Adam(G.parameters(), c.lr_g, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), c.lr_d, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
@@ -294,7 +300,8 @@ def main() -> None:
             terms = warm_up_step(shared_G, opt_g, x_s, x_t, cast, check, c.accumulate)
         else:
             y_s = batch["y_s"].to(run.device, non_blocking=True).long()
-            terms = gan_step(shared_G, shared_D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check, c.accumulate)
+            terms = gan_step(shared_G, shared_D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check, c.accumulate,
+                             c.lambda_style)
         if run.due("sheet", step, c.steps):
             terms["style_corr"] = style_correlation(generate, contents[:4], guides)
             write_sheet(step)

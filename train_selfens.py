@@ -16,6 +16,7 @@ The variants differ in the terms of one objective, L = L_sup + delta_con * L_con
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,13 +121,14 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
 
 
 def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_con, ema_decay, cast, check,
-                 accumulate=1) -> dict:
+                 accumulate=1, consistency=consistency) -> dict:
     """One update of the student and of its mean. Returns {L, L_sup} and, with target images, L_con and delta_con.
 
     passes: DomainPasses of the student; teacher: in training mode, statistics not tracked; average: MovingAverage of
     the two; x: {x_s, and as the variant has them x_g, x_t: (N, 3, H, W) in [-1, 1] on the networks' device}; y_s: (N, H,
     W) train ids; cast: the context in which networks run; check(terms): called with the losses before the update, to
-    raise where one is not finite; accumulate: parts in which the batch passes (batch norm's statistics are the parts').
+    raise where one is not finite; accumulate: parts in which the batch passes (batch norm's statistics are the parts');
+    consistency: L_con of the student's and the teacher's logits.
     """
     def noisy(x_t):
         noise = whole_batch(x_t)
@@ -200,15 +202,22 @@ def main() -> None:
         teacher.compile(dynamic=False)
     passes, cast = parallel(DomainPasses(student), run.device), autocast(run.device, run.precision)
     average = MovingAverage(teacher, student)
+    L_con = partial(consistency, confidence=c.confidence, balance=c.balance)
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
 
     domains = {"source": labelled, "augmented": augmented, "target": target}
     batches = Batches(cfg, "selfens", c.batch, c.crop, **domains, jitter=c.jitter)
-    last_domain = "x_t" if use_consistency else "x_g" if use_augmented else "x_s"
-    of_last = Batches(cfg, "selfens", c.batch, c.crop, **({"target": target} if use_consistency else domains))  # not jittered
-    sample = [of_last[k][last_domain] for k in range(32)]
+    # The images that batch norm's statistics are estimated on, not jittered.
+    if c.statistics == "target" and not target:
+        domains = {"target": Scenes(cfg, "target", "train", labels=False)}
+    elif c.statistics != "all" and target:
+        domains = {"target": target}
+    of_last = "x_t" if domains.get("target") else "x_g" if augmented else "x_s"
+    used = ("x_s", "x_g", "x_t") if c.statistics == "all" else (of_last,)
+    few = Batches(cfg, "selfens", c.batch, c.crop, **domains)
+    sample = [x for k in range(32) for name, x in few[k].items() if name in used]
 
     def readable_teacher():
         """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last."""
@@ -258,10 +267,12 @@ def main() -> None:
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
         alpha = min(c.ema_decay, 1 - 1 / step)
         terms = selfens_step(passes, teacher, average, optimiser, x, y_s, c.noise_std, delta_con, alpha, cast, check,
-                             c.accumulate)
+                             c.accumulate, L_con)
 
         if run.due("sheet", step, c.steps):
             write_sheet(step)
+        if c.snapshot_every and step % c.snapshot_every == 0:
+            run.snapshot(step, "teacher", teacher=readable_teacher().state_dict(), classes=list(classes), variant=variant)
         if run.due("log", step, c.steps):
             run.log(step, **terms, lr=optimiser.param_groups[0]["lr"])
     run.close()

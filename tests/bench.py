@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference_steps import PlainGAN  # noqa: E402
 
 from datasets import Batches, Scenes, class_list, to_float  # noqa: E402
-from models import FCN8s, MultiScaleDiscriminator, build_generator, build_segmenter  # noqa: E402
+from models import FCN8s, build_discriminator, build_generator, build_segmenter  # noqa: E402
 from runtime import (  # noqa: E402
     Run, UserError, autocast, command_line, environment, get_device, get_precision, make_folder, nested, run_main, seed_torch,
     set_lr, write_json,
@@ -220,7 +220,7 @@ def build(stage: str, cfg, size, batch: int, precision: str, compiled: bool, dev
 
     elif stage == "gan":
         f_seg.eval().requires_grad_(False)
-        G, D = ready(build_generator(cfg)), ready(MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales))
+        G, D = ready(build_generator(cfg)), ready(build_discriminator(cfg))
         nets, optimisers = {"G": G, "D": D, "f_seg": f_seg}, [adam(net, (0.5, 0.999)) for net in (G, D)]
 
         def step(clock):
