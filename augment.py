@@ -57,7 +57,7 @@ def open_augmented(cfg, source: Scenes) -> Augmented:
     missing = [file for file in files if file.relative_to(folder).as_posix() not in done or not file.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: augmented image missing ({len(missing)} of {len(files)}); run augment.py again")
-    return Augmented(source, files, identity["generator"])
+    return Augmented(source, files, identity["generator"], folder)
 
 
 def read_identity(path: Path) -> dict | None:

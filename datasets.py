@@ -821,9 +821,10 @@ class Scenes:
 
 class Augmented(Scenes):
     """The generated images of a manifest: image s * n + i is source image i in its s-th style. They have no labels of
-    their own; the source's label i is theirs. generator: digest of the weights that made them."""
+    their own; the source's label i is theirs. generator: digest of what made them; folder: the manifest's."""
 
-    def __init__(self, source: Scenes, files: list[Path], generator: str):
+    def __init__(self, source: Scenes, files: list[Path], generator: str, folder: Path | None = None):
+        self.generator, self.folder = generator, folder
         self.role, self.size, self.read, self.table, self._cache, self._room = None, source.size, None, None, {}, CACHE_BYTES
         self.samples = [Sample(p.stem, str(p), None) for p in files]
         self.digest = f"{len(files)} samples of generator {generator}"

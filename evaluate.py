@@ -8,6 +8,8 @@ up-sampled bilinearly (align_corners=False: pixel centres at half-integers) to e
     python evaluate.py configs/carla_camvid.yaml selfens.variant=source_only --model student
     python evaluate.py --split val --export predictions                and label-id PNGs, as benchmark servers take them
     python evaluate.py --images DIR --out DIR                          predict any folder of images, no labels needed
+    python evaluate.py --split val --curve                             the teachers that selfens.snapshot_every kept
+    python evaluate.py --augmented JUDGE.pt                            do augmented images keep labels and follow guides?
     python evaluate.py --compare A.json B.json                         two results side by side, per class
     python evaluate.py --table runs/streets-0 runs/streets-1           mean and deviation over finished runs
 """
@@ -23,13 +25,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from augment import open_augmented, read_manifest
 from datasets import Scenes, class_list, colourise, header_size, links_out, read_image, to_float
-from losses import IGNORE
-from models import build_segmenter
+from losses import IGNORE, style_statistics
+from models import FCN8s, build_segmenter
 from runtime import (
     THREADS, UserError, VARIANTS, all_sum, atomic_write, autocast, behind, command_line, environment, gather, get_device,
     get_precision, load_checkpoint, load_weights, make_folder, make_sheet, prefetch, rank, refuse_changes, run_main,
-    shown, stage_config, world, write_json,
+    shown, stage_config, weights_digest, world, write_json,
 )  # fmt: skip
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which the papers on SYNTHIA report beside mIoU
@@ -60,16 +63,16 @@ def iou_from_confusion(confusion) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ prediction
 
 
-def load_network(cfg, which: str, classes: dict, device, precision: str):
-    """The trained network: (predict, the checkpoint).
+def load_network(cfg, which: str, classes: dict, device, precision: str, path: Path | None = None):
+    """The trained network: (predict, the checkpoint). path: of the checkpoint or snapshot; None is the last step's.
 
     predict(x: (N, 3, h, w) in [-1, 1]) yields each image's logits (C, h, w), one at a time: up-sampled logits of a batch
     at 2048x1024 would take gigabytes. Raises UserError for a checkpoint of other classes, config or architecture.
     """
-    path = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
+    path = path or Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
     mend = f"train it first: python train_selfens.py CFG selfens.variant={cfg.selfens.variant}"
     state = load_checkpoint(path, mend)
-    if not {"classes", "teacher", "student"} <= state.keys():
+    if not {"classes", "config", which} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train_selfens.py; {mend}")
     if state["classes"] != list(classes):
         raise UserError(f"{path}: trained on other classes ({shown(state['classes'])}) than the config's "
@@ -217,6 +220,105 @@ def percent(iou: float | None) -> str:
     return "absent" if iou is None else f"{100 * iou:.2f}"
 
 
+def write_curve(cfg, scenes: Scenes, split: str, device, precision: str) -> None:
+    """mIoU of every teacher that was kept -> OUTPUT/NAME/eval/curves/VARIANT_SPLIT.json and the screen. To be looked at, not
+    chosen from: the network to use is the last step's."""
+    variant = cfg.selfens.variant
+    folder = Path(cfg.output, cfg.name, "selfens", variant)
+    paths = sorted(folder.glob("teacher-*.pt"))
+    if not paths:
+        raise UserError(f"{folder}: no teachers were kept; train with selfens.snapshot_every=N")
+    out = output_folder(Path(cfg.output, cfg.name, "eval", "curves"), None, "'output'") / f"{variant}_{split}.json"
+    curve = {"variant": variant, "split": split, "seed": cfg.seed, "classes": list(scenes.classes)}
+    curve |= {"step": [], "miou": [], "iou": []}
+    for path in paths:
+        predict, state = load_network(cfg, "teacher", scenes.classes, device, precision, path)
+        iou = iou_from_confusion(evaluate_model(predict, scenes, cfg.eval.batch, device, path.name))
+        curve["step"].append(state["step"])
+        curve["miou"].append(float(np.nanmean(iou)))
+        curve["iou"].append([None if np.isnan(v) else float(v) for v in iou])
+    if rank() == 0:
+        write_json(out, curve)
+        print(f"\n{variant}, {split}\n{'step':>8}{'mIoU':>8}" + "".join(f"{name[:10]:>11}" for name in scenes.classes))
+        for step, miou, ious in zip(curve["step"], curve["miou"], curve["iou"], strict=True):
+            print(f"{step:>8}{percent(miou):>8}" + "".join(f"{percent(iou):>11}" for iou in ious))
+        print(f"written: {out}")
+
+
+@torch.inference_mode()
+def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
+    """How well the augmented images keep their labels and follow their guides -> eval/augmented/METHOD.json and the screen.
+
+    agreement: of the pixels at which an f_seg of other weights (JUDGE.pt: the last.pt of another run's gan/fseg folder)
+    agrees with the label on the source image, the share at which it does on the augmented image, for each class and for
+    all pixels. style distance: mean distance of the style statistics (losses.py; images in [-1, 1]) of the augmented images
+    from those of their guides, beside that of the source images. style correlation: Pearson's over the images between the
+    augmented image's statistic and its guide's, mean of the six, beside that of the source images.
+    Raises UserError for a checkpoint that is no f_seg, or one of other classes.
+    """
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    augmented, classes = open_augmented(cfg, source), list(source.classes)
+    judge = load_checkpoint(checkpoint, "--augmented takes the last.pt of a gan/fseg folder", ("f_seg",))
+    if judge.get("classes") != classes:
+        raise UserError(f"{checkpoint}: f_seg of classes {shown(judge.get('classes'))}, not the config's {classes}")
+    f_seg = FCN8s(len(classes), judge["config"]["fseg.width"], judge["config"]["fseg.batch_norm"])
+    load_weights(f_seg, judge["f_seg"], checkpoint)
+    f_seg.to(device, memory_format=torch.channels_last).eval()
+    own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+    if own.is_file() and weights_digest(load_checkpoint(own, "", ("f_seg",))["f_seg"]) == weights_digest(judge["f_seg"]):
+        print(f"attention: {checkpoint} is the f_seg that G was trained with; one of another seed is a fairer judge")
+
+    guide_of = {line["file"]: line["style"] for line in read_manifest(augmented.folder, augmented.generator).values()}
+    number = {sample.name: i for i, sample in enumerate(target.samples)}
+    n, batch = len(source), cfg.eval.batch
+    kept, right = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
+    statistics = {"source": [], "augmented": [], "guide": []}
+
+    def reading(x):
+        with autocast(device, precision):
+            return f_seg(x).argmax(1)
+
+    def add(name, x):
+        statistics[name].append(style_statistics(x).double().cpu())
+
+    for first in tqdm(range(0, n, batch), "judge", mininterval=1, leave=False):
+        some = range(first, min(first + batch, n))
+        x_s, y_s = to_float(torch.stack([source.image(i) for i in some]), device), torch.stack([source.label(i) for i in some])
+        hit = (reading(x_s).cpu() == y_s) & (y_s != IGNORE)
+        for first_of_style in range(0, len(augmented), n):
+            files = [augmented.samples[first_of_style + i].image for i in some]
+            x_g = to_float(torch.stack([augmented.image(first_of_style + i) for i in some]), device)
+            x_t = [target.image(number[guide_of[Path(f).relative_to(augmented.folder).as_posix()]]) for f in files]
+            still = hit & (reading(x_g).cpu() == y_s)
+            right += np.bincount(y_s[hit].numpy(), minlength=len(classes))
+            kept += np.bincount(y_s[still].numpy(), minlength=len(classes))
+            add("source", x_s)
+            add("augmented", x_g)
+            add("guide", to_float(torch.stack(x_t), device))
+    s, g, t = (torch.cat(statistics[name]) for name in ("source", "augmented", "guide"))
+
+    def correlation(a, b):
+        a, b = a - a.mean(0), b - b.mean(0)
+        return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-12)).mean())
+
+    result = {
+        "method": cfg.augment.method, "judge": weights_digest(judge["f_seg"]), "generator": augmented.generator,
+        "images": len(augmented), "agreement": float(kept.sum() / max(right.sum(), 1)),
+        "agreement per class": {name: float(k / r) if r else None for name, k, r in zip(classes, kept, right, strict=True)},
+        "style distance": float((g - t).abs().mean()), "style distance of the source": float((s - t).abs().mean()),
+        "style correlation": correlation(g, t), "style correlation of the source": correlation(s, t), "config": cfg.flat,
+    }
+    out = output_folder(Path(cfg.output, cfg.name, "eval", "augmented"), None, "'output'") / f"{cfg.augment.method}.json"
+    write_json(out, result)
+    each = ", ".join(f"{n} {'absent' if v is None else f'{100 * v:.0f}'}" for n, v in result["agreement per class"].items())
+    print(f"\n{cfg.augment.method}: {len(augmented)} augmented images")
+    print(f"of the pixels right on the source image, right on the augmented: {100 * result['agreement']:.1f} %")
+    print(f"  per class: {each}")
+    for name in ("style distance", "style correlation"):
+        print(f"{name} with the guide: {result[name]:.3f}, of the source image: {result[name + ' of the source']:.3f}")
+    print(f"written: {out}")
+
+
 def print_table(result: dict) -> None:
     """Fixed-width per-class table and the line that says how the numbers came about."""
     print(f"\n{'class':<14}{'IoU %':>8}{'pixels %':>10}")
@@ -262,7 +364,11 @@ def compare(paths: list[str]) -> None:
 
 
 def table(folders: list[str]) -> None:
-    """Prints mean and sample deviation over run folders for each variant, model and split found in their eval/."""
+    """Prints mean and sample deviation over run folders for each variant, model and split found in their eval/.
+
+    Runs whose names differ in the seed at their end alone (NAME-SEED) are one row. "gap" is the share of the way from
+    source_only to target_only, in %, of the first name that has both.
+    """
     rows, names = {}, []
     for folder in folders:
         found = sorted(Path(folder, "eval").glob("*.json"))
@@ -270,23 +376,35 @@ def table(folders: list[str]) -> None:
             raise UserError(f"{folder}: no eval/*.json in it; run evaluate.py with its config first")
         for path in found:
             result = read_result(path)
-            rows.setdefault((result["split"], result["model"], result["variant"]), []).append(result)
+            run = str(result["config"].get("name")).removesuffix(f"-{result['config'].get('seed')}")
+            rows.setdefault((result["split"], result["model"], run, result["variant"]), []).append(result)
             names = names or result["classes"]
             if result["classes"] != names:
                 raise UserError(f"{path}: other classes than in {folders[0]}; tabulate runs of one class list")
+    runs = list(dict.fromkeys(key[2] for key in rows))  # in the order of the folders
+    wide = max(map(len, [*runs, "run"])) + 2 if len(runs) > 1 else 0
     stars = all("miou13" in result for results in rows.values() for result in results)
-    print(f"\nIoU in %, mean ± sample deviation over runs\n{'variant':<16}{'model':<8}{'split':<6}{'runs':>4}{'mIoU':>14}"
+    print("\nIoU in %, mean ± sample deviation over runs\n" + "run".ljust(wide) * (wide > 0)
+          + f"{'variant':<16}{'model':<8}{'split':<6}{'runs':>4}{'mIoU':>14}{'gap':>6}"
           + f"{'mIoU*':>14}" * stars + "".join(f"{name[:10]:>11}" for name in names))
-    for key in sorted(rows, key=lambda k: (k[0], k[1], VARIANTS.index(k[2]))):
+
+    def means(key, mean="miou"):
+        return [100 * r[mean] for r in rows.get(key, ()) if r[mean] is not None]
+
+    for key in sorted(rows, key=lambda k: (k[0], k[1], runs.index(k[2]), VARIANTS.index(k[3]))):
+        ends = next((e for run in runs if all(e := [means((*key[:2], run, v)) for v in ("source_only", "target_only")])), None)
         cells = []
         for mean in ("miou", "miou13")[: 1 + stars]:
-            values = [100 * r[mean] for r in rows[key] if r[mean] is not None]
+            values = means(key, mean)
             spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "–"
             cells.append(f"{np.mean(values):>8.2f} ±{spread:>5}" if values else f"{'absent':>14}")
+        low, high = (np.mean(e) for e in ends) if ends else (0, 0)
+        closed = 100 * (np.mean(means(key)) - low) / (high - low) if high > low and means(key) else None
+        cells.insert(1, f"{'' if closed is None else f'{closed:.0f}':>6}")
         for name in names:
             ious = [r["per_class"][name] for r in rows[key] if r["per_class"][name] is not None]
             cells.append(f"{100 * np.mean(ious):>11.2f}" if ious else f"{'absent':>11}")
-        print(f"{key[2]:<16}{key[1]:<8}{key[0]:<6}{len(rows[key]):>4}" + "".join(cells))
+        print(key[2].ljust(wide) * (wide > 0) + f"{key[3]:<16}{key[1]:<8}{key[0]:<6}{len(rows[key]):>4}" + "".join(cells))
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -300,11 +418,14 @@ def main() -> None:
         task.add_argument("--export", metavar="DIR", help="write predictions as label-id PNGs, too; with --split test no "
                           "labels are read and nothing is measured, because servers keep them")
         task.add_argument("--images", metavar="DIR", help="predict the PNG and JPEG files in and below DIR instead")
+        task.add_argument("--curve", action="store_true", help="measure the teachers that selfens.snapshot_every kept instead")
+        task.add_argument("--augmented", metavar="JUDGE.pt", help="measure instead how well the augmented images keep their "
+                          "labels, by an f_seg of other weights, and follow their guides")
         task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two results side by side instead")
         task.add_argument("--table", nargs="+", metavar="RUN", help="print mean and deviation over these run folders instead")
         parser.add_argument("--out", metavar="DIR", help="where --images writes train-id and colour PNGs and overlays")
 
-    cfg, args = command_line(__doc__, ("", "source", "target", "selfens", "eval"), arguments)
+    cfg, args = command_line(__doc__, ("", "source", "target", "augment", "selfens", "eval"), arguments)
     if args.table:
         return table(args.table)
     if args.compare:
@@ -315,6 +436,10 @@ def main() -> None:
     device = get_device(cfg)
     precision = get_precision(cfg, device)
     list_name, classes = class_list(cfg)
+    if args.augmented:
+        return judge_augmented(cfg, args.augmented, device, precision)
+    if args.curve:
+        return write_curve(cfg, Scenes(cfg, "target", split, labels=True), split, device, precision)
     predict, state = load_network(cfg, args.model, classes, device, precision)
     if args.images is not None:
         return predict_folder(predict, cfg, classes, device, args.images, args.out)

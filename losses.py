@@ -39,14 +39,27 @@ def labelled_pixels(y: Tensor) -> Tensor:
     return all_sum((y != IGNORE).sum()).clamp(min=1) / world()
 
 
-def cross_entropy(logits: Tensor, y: Tensor, pixels: Tensor | None = None) -> Tensor:
+def class_weights(pixels, balance: float) -> Tensor:
+    """(share of each class in the data)^-balance, scaled so that the mean over all pixels is 1.
+
+    pixels: (images, C) numbers of labelled pixels; balance: 0 (all 1) to 1 (each class as a whole weighs the same) -> (C,)
+    float32. A class weighs at most as one of 1 pixel in 10,000.
+    """
+    share = torch.as_tensor(pixels).sum(0).double()
+    share = share / share.sum().clamp(min=1)
+    weight = share.clamp(min=1e-4) ** -balance
+    return (weight / (weight * share).sum()).float()
+
+
+def cross_entropy(logits: Tensor, y: Tensor, pixels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0 (with a gradient of 0) if there are none.
 
     logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; pixels: the number to divide by, where y is but a part
-    of the batch (see `labelled_pixels`) -> scalar. This is L_sup's term, and with f_seg's logits of a generated image and
-    the source label it is L_sem.
+    of the batch (see `labelled_pixels`); weight: (C,) of the classes, 1 each without it -> scalar. This is L_sup's term, and
+    with f_seg's logits of a generated image and the source label it is L_sem.
     """
-    total = F.cross_entropy(wide(logits), y, ignore_index=IGNORE, reduction="sum")
+    z = wide(logits)
+    total = F.cross_entropy(z, y, None if weight is None else weight.to(z), ignore_index=IGNORE, reduction="sum")
     return total / (labelled_pixels(y) if pixels is None else pixels)
 
 

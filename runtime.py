@@ -240,6 +240,7 @@ KEYS = {
     "fseg.schedule": Key("poly", "choice", "of the learning rate; " + SCHEDULE, choices=SCHEDULES),
     "fseg.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "fseg.jitter": Key(1.0, "float", "strength of the photometric jitter; 0 is off", 0, 2),
+    "fseg.sup_balance": Key(0.0, "float", "its loss weighs pixels by (share of their class)^-this; 0 is off", 0, 1),
     "fseg.rare": Key(0.0, "float", RARE, 0, 10),
 
     "gan.steps": Key(2200, "int", "training steps of G and D", 0, STEPS),
@@ -250,8 +251,10 @@ KEYS = {
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "gan.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
+    "gan.lambda_rec": Key(0.0, "float", "weight of L_rec, target images as their own guides unchanged; 0 is the paper's", 0),
     "gan.lambda_style": Key(0.0, "float", "weight of L_style, which ties an image to its guide's colours; 0 is the paper's", 0),
     "gan.lr_g": Key(2e-4, "float", "Adam learning rate of G", 0),
+    "gan.warmup_lr": Key(None, "float", "Adam learning rate of G in the warm-up steps; null is lr_g", 0, null=True),
     "gan.lr_d": Key(1e-3, "float", "Adam learning rate of D", 0),
     "gan.schedule": Key("linear", "choice", "of both learning rates, as in fseg.schedule", choices=SCHEDULES),
     "gan.weight_decay": Key(1e-4, "float", "L2 weight decay of both optimisers", 0),
@@ -273,7 +276,7 @@ KEYS = {
     "augment.batch": Key(8, "int", "images generated at a time", 1, 4096),
 
     "selfens.variant": Key("tgcf_da_se", "choice", "row of the paper's table", choices=VARIANTS),
-    "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet, a file of torchvision's, or fseg: this run's f_seg's"),
+    "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet, file of torchvision's, or fseg: this run's f_seg"),
     "selfens.width": Key(0.25, "float", "channels of the DeepLab VGG-16 relative to the published ones", 0.01, 4),
     "selfens.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
     "selfens.statistics": Key("seen", "choice", "batch norm's come from target images if the variant sees any, else labelled "
@@ -290,10 +293,11 @@ KEYS = {
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
     "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
-    "selfens.confidence": Key(0.0, "float", "L_con leaves out cells where the teacher's highest probability is lower; 0 is the "
+    "selfens.con_confidence": Key(0.0, "float", "L_con leaves out cells where the teacher's highest probability is lower; 0: the "
                               "paper's", 0, 1),
-    "selfens.balance": Key(0.0, "float", "L_con weighs cells by (share of the teacher's class)^-balance; 0 is the paper's", 0, 1),
+    "selfens.con_balance": Key(0.0, "float", "L_con weighs cells by (share of their class)^-this; 0: the paper's", 0, 1),
     "selfens.jitter": Key(0.0, "float", "photometric jitter on supervised images, as in fseg.jitter; 0 is the paper's", 0, 2),
+    "selfens.sup_balance": Key(0.0, "float", "L_sup weighs pixels by (share of their class)^-this; 0: the paper's", 0, 1),
     "selfens.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
     "selfens.snapshot_every": Key(0, "int", "steps between teachers that are kept for evaluate.py --curve; 0: none", 0, STEPS),

@@ -15,7 +15,7 @@ import torch
 
 from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
 from evaluate import evaluate_model, iou_from_confusion
-from losses import cross_entropy, labelled_pixels, lsgan_d, lsgan_g, style_loss, style_statistics
+from losses import class_weights, cross_entropy, labelled_pixels, lsgan_d, lsgan_g, style_loss, style_statistics
 from models import FCN8s, Generator, build_discriminator, build_generator, synchronised
 from runtime import (
     Run, UserError, agree, autocast, bare, command_line, load_checkpoint, load_optimiser, load_weights, make_sheet, parallel,
@@ -25,15 +25,15 @@ from runtime import (
 # ---------------------------------------------------------------------------------------------------------- f_seg
 
 
-def fseg_step(f_seg, optimiser, x_s, y_s, cast, check, accumulate=1) -> dict:
-    """One update of f_seg, in training mode. Returns {L_fseg}; the arguments are as in `gan_step`."""
+def fseg_step(f_seg, optimiser, x_s, y_s, cast, check, accumulate=1, weight=None) -> dict:
+    """One update of f_seg, in training mode. Returns {L_fseg}; arguments as in `gan_step`, weight as in `cross_entropy`."""
     pixels, parts, L_fseg = labelled_pixels(y_s), [*zip(x_s.chunk(accumulate), y_s.chunk(accumulate), strict=True)], 0
     optimiser.zero_grad()
     for k, (x, y) in enumerate(parts, 1):
         with silent(f_seg, k < len(parts)):
             with cast:
                 logits = f_seg(x)
-            loss = cross_entropy(logits, y, pixels)
+            loss = cross_entropy(logits, y, pixels, weight)
             loss.backward()
         L_fseg = L_fseg + loss.detach()
     check({"L_fseg": L_fseg})
@@ -72,13 +72,14 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes) -> FCN8s:
         # Photometric jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
         # every image that does not look like the source, and G could not leave the source's look.
         batches = Batches(cfg, "fseg", c.batch, c.crop, source=source, jitter=c.jitter)
+        weight = class_weights(source.pixels, c.sup_balance).to(run.device) if c.sup_balance else None
         f_seg.train()
         shared = parallel(f_seg, run.device)
         for step, batch in run.progress(batches.loader(run.start, steps, cfg.workers), steps, "f_seg", state):
             seed_torch(cfg.seed, "fseg", step)  # dropout
             set_lr(optimiser, c.lr, c.schedule, step, steps)
             x_s, y_s = to_float(batch["x_s"], run.device), batch["y_s"].to(run.device, non_blocking=True).long()
-            terms = fseg_step(shared, optimiser, x_s, y_s, cast, check, c.accumulate)
+            terms = fseg_step(shared, optimiser, x_s, y_s, cast, check, c.accumulate, weight)
             if run.due("log", step, steps):
                 run.log(step, **terms)
         run.close()
@@ -142,7 +143,7 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
 
 
 def warm_up_step(G, opt_g, x_s, x_t, cast, check, accumulate=1) -> dict:
-    """One update of G as an auto-encoder, G(x, x) = x in both domains. Returns {L_rec}; arguments as in `gan_step`.
+    """One update of G as an auto-encoder, G(x, x) = x in both domains. Returns {L_rec}, their sum; arguments as in `gan_step`.
 
     Not in the paper: so that content, style and decoder mean something when D and f_seg begin to pull.
     """
@@ -160,8 +161,9 @@ def warm_up_step(G, opt_g, x_s, x_t, cast, check, accumulate=1) -> dict:
     return {"L_rec": L_rec}
 
 
-def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, accumulate=1, lambda_style=0.0) -> dict:
-    """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars, and L_style where it has a weight.
+def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, accumulate=1, lambda_style=0.0,
+             lambda_rec=0.0) -> dict:
+    """One update of D, then one of G, on one batch. Returns {L_D, L_GAN, L_sem}, scalars, and L_style and L_rec if weighted.
 
     f_seg: frozen, in eval mode; x_s, x_t: (N, 3, H, W) in [-1, 1] on the networks' device; y_s: (N, H, W) train ids;
     cast: the context in which networks run; check(terms): called with the losses before each update, to raise where
@@ -191,10 +193,10 @@ def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, 
     opt_d.step()
 
     # L = L_GAN + lambda_sem * L_sem;  L_GAN = E[(D(G(x_s, x_t)) - 1)^2],  L_sem = CE(f_seg(G(x_s, x_t)), y_s)
-    # and, not in the paper, + lambda_style * L_style
+    # and, not in the paper, + lambda_style * L_style + lambda_rec * L_rec;  L_rec = mean |G(x_t, x_t) - x_t|
     D.requires_grad_(False)
     opt_g.zero_grad()
-    L_GAN = L_sem = L_style = 0
+    L_GAN = L_sem = L_style = L_rec = 0
     for k, (s, t, y) in enumerate(parts, 1):
         with silent(G, k < len(parts)):
             with cast:
@@ -205,9 +207,15 @@ def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, 
             if lambda_style:
                 style = style_loss(x_g, t) / accumulate
                 loss, L_style = loss + lambda_style * style, L_style + style.detach()
+            if lambda_rec:
+                with cast:
+                    x_rec = G(t, t)
+                rec = (x_rec - t).abs().mean() / accumulate
+                loss, L_rec = loss + lambda_rec * rec, L_rec + rec.detach()
             loss.backward()
         L_GAN, L_sem = L_GAN + gan.detach(), L_sem + sem.detach()
-    terms = {"L_GAN": L_GAN, "L_sem": L_sem} | ({"L_style": L_style} if lambda_style else {})
+    terms = {"L_GAN": L_GAN, "L_sem": L_sem} | ({"L_style": L_style} if lambda_style else {}) \
+        | ({"L_rec": L_rec} if lambda_rec else {})
     check(terms)
     opt_g.step()
     return {"L_D": L_D, **terms}
@@ -297,11 +305,13 @@ def main() -> None:
         set_lr(opt_g, c.lr_g, c.schedule, step, c.steps)
         set_lr(opt_d, c.lr_d, c.schedule, step, c.steps)
         if step <= c.warmup_steps:
+            if c.warmup_lr is not None:
+                set_lr(opt_g, c.warmup_lr, "constant", step, c.steps)
             terms = warm_up_step(shared_G, opt_g, x_s, x_t, cast, check, c.accumulate)
         else:
             y_s = batch["y_s"].to(run.device, non_blocking=True).long()
             terms = gan_step(shared_G, shared_D, f_seg, opt_g, opt_d, x_s, x_t, y_s, c.lambda_sem, cast, check, c.accumulate,
-                             c.lambda_style)
+                             c.lambda_style, c.lambda_rec)
         if run.due("sheet", step, c.steps):
             terms["style_corr"] = style_correlation(generate, contents[:4], guides)
             write_sheet(step)

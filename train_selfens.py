@@ -25,7 +25,7 @@ from torch import nn
 
 from augment import open_augmented
 from datasets import Batches, Scenes, colourise, has_labels, to_float
-from losses import consistency, cross_entropy, labelled_pixels, sigmoid_ramp_up
+from losses import class_weights, consistency, cross_entropy, labelled_pixels, sigmoid_ramp_up
 from models import DeepLabVGG16, build_segmenter, synchronised
 from runtime import (
     Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, own_part, parallel, run_main, seed_torch,
@@ -121,14 +121,14 @@ def estimate_statistics(model: nn.Module, batches: list[torch.Tensor], autocast_
 
 
 def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_con, ema_decay, cast, check,
-                 accumulate=1, consistency=consistency) -> dict:
+                 accumulate=1, consistency=consistency, weight=None) -> dict:
     """One update of the student and of its mean. Returns {L, L_sup} and, with target images, L_con and delta_con.
 
     passes: DomainPasses of the student; teacher: in training mode, statistics not tracked; average: MovingAverage of
     the two; x: {x_s, and as the variant has them x_g, x_t: (N, 3, H, W) in [-1, 1] on the networks' device}; y_s: (N, H,
     W) train ids; cast: the context in which networks run; check(terms): called with the losses before the update, to
     raise where one is not finite; accumulate: parts in which the batch passes (batch norm's statistics are the parts');
-    consistency: L_con of the student's and the teacher's logits.
+    consistency: L_con of the student's and the teacher's logits; weight: of the classes in L_sup, as in `cross_entropy`.
     """
     def noisy(x_t):
         noise = whole_batch(x_t)
@@ -146,7 +146,7 @@ def selfens_step(passes, teacher, average, optimiser, x, y_s, noise_std, delta_c
                 logits = dict(zip(part, passes([*part.values()]), strict=True))
 
             # L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
-            sup = sum(cross_entropy(DeepLabVGG16.upsample(logits[name], y.shape[-2:]), y, pixels)
+            sup = sum(cross_entropy(DeepLabVGG16.upsample(logits[name], y.shape[-2:]), y, pixels, weight)
                       for name in part if name != "x_t")
             loss, L_sup = sup, L_sup + sup.detach()
 
@@ -202,7 +202,8 @@ def main() -> None:
         teacher.compile(dynamic=False)
     passes, cast = parallel(DomainPasses(student), run.device), autocast(run.device, run.precision)
     average = MovingAverage(teacher, student)
-    L_con = partial(consistency, confidence=c.confidence, balance=c.balance)
+    L_con = partial(consistency, confidence=c.con_confidence, balance=c.con_balance)
+    weight = class_weights(labelled.pixels, c.sup_balance).to(run.device) if c.sup_balance else None
     print(f"selfens: {variant}: {len(labelled)} labelled"
           + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
@@ -267,7 +268,7 @@ def main() -> None:
         # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
         alpha = min(c.ema_decay, 1 - 1 / step)
         terms = selfens_step(passes, teacher, average, optimiser, x, y_s, c.noise_std, delta_con, alpha, cast, check,
-                             c.accumulate, L_con)
+                             c.accumulate, L_con, weight)
 
         if run.due("sheet", step, c.steps):
             write_sheet(step)
