@@ -437,7 +437,7 @@ def main() -> None:
     precision = get_precision(cfg, device)
     list_name, classes = class_list(cfg)
     if args.augmented:
-        return judge_augmented(cfg, args.augmented, device, precision)
+        return judge_augmented(cfg, args.augmented, device, precision) if rank() == 0 else None
     if args.curve:
         return write_curve(cfg, Scenes(cfg, "target", split, labels=True), split, device, precision)
     predict, state = load_network(cfg, args.model, classes, device, precision)

@@ -105,7 +105,7 @@ def share(runs: list[Path]):
         order = [np.argsort(np.argsort(v[there])) for v in (x, y)]
         rank = np.corrcoef(*order)[0, 1] if there.sum() > 2 else np.nan
         print(f"{LABELS[after]} over {LABELS[before]}: Spearman's rank correlation of share and gain {rank:.2f}; "
-              + ", ".join(f"{n} {g:+.1f}" for n, g in zip(names, y, strict=True)))
+              + ", ".join(f"{n} {g:+.1f}" for n, g in zip(names, y, strict=True) if not np.isnan(g)))
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xscale="log", xlabel="share of val's labelled pixels, %", ylabel="gain in IoU, points",
              title=f"{len(runs)} runs, mean ± deviation" if len(runs) > 1 else "one run")

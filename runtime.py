@@ -293,8 +293,8 @@ KEYS = {
     "selfens.ema_decay": Key(0.99, "float", "alpha of the teacher's moving average", 0, 1),
     "selfens.delta_con": Key(3.0, "float", "final weight of L_con, a mean over batch, classes and cells", 0),
     "selfens.ramp_up": Key(0.8, "float", "part of the steps in which delta_con rises from exp(-5) to all of its value", 0, 1),
-    "selfens.con_confidence": Key(0.0, "float", "L_con leaves out cells where the teacher's highest probability is lower; 0: the "
-                              "paper's", 0, 1),
+    "selfens.con_confidence": Key(0.0, "float", "L_con leaves out cells where the teacher's probability is less than this; 0: "
+                              "the paper's", 0, 1),
     "selfens.con_balance": Key(0.0, "float", "L_con weighs cells by (share of their class)^-this; 0: the paper's", 0, 1),
     "selfens.jitter": Key(0.0, "float", "photometric jitter on supervised images, as in fseg.jitter; 0 is the paper's", 0, 2),
     "selfens.sup_balance": Key(0.0, "float", "L_sup weighs pixels by (share of their class)^-this; 0: the paper's", 0, 1),

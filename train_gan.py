@@ -209,7 +209,7 @@ def gan_step(G, D, f_seg, opt_g, opt_d, x_s, x_t, y_s, lambda_sem, cast, check, 
                 loss, L_style = loss + lambda_style * style, L_style + style.detach()
             if lambda_rec:
                 with cast:
-                    x_rec = G(t, t)
+                    x_rec = bare(G)(t, t)  # one pass per step is the wrapper's; gradients are shared all the same
                 rec = (x_rec - t).abs().mean() / accumulate
                 loss, L_rec = loss + lambda_rec * rec, L_rec + rec.detach()
             loss.backward()

@@ -8,13 +8,14 @@ Process 0 writes the weights, the gradients of the last step and the mean losses
 import contextlib
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from losses import IGNORE
+from losses import IGNORE, consistency
 from models import DeepLabVGG16, FCN8s, Generator, MultiScaleDiscriminator, synchronised
 from runtime import all_sum, bare, join_processes, nested, parallel, rank, seed_torch, world
 from train_gan import fseg_step, gan_step, warm_up_step
@@ -63,9 +64,11 @@ def main() -> None:
         seed_torch(0, "test", step)
         fseg_step(f_seg, opt["f_seg"], b["x_s"], b["y_s"], cast, check, accumulate)
         warm_up_step(G, opt["G"], b["x_s"], b["x_t"], cast, check, accumulate)
-        gan_step(G, D, nets["judge"], opt["G"], opt["D"], b["x_s"], b["x_t"], b["y_s"], 3.0, cast, check, accumulate)
+        gan_step(G, D, nets["judge"], opt["G"], opt["D"], b["x_s"], b["x_t"], b["y_s"], 3.0, cast, check, accumulate,
+                 0.5, 2.0)
+        con = partial(consistency, balance=0.5 * (accumulate == 1))  # its shares are those of a part
         selfens_step(passes, nets["teacher"], average, opt["S"], {k: b[k] for k in ("x_s", "x_g", "x_t")}, b["y_s"], 0.1, 10.0,
-                     0.9, cast, check, accumulate)  # fmt: skip
+                     0.9, cast, check, accumulate, con, torch.linspace(0.5, 1.5, CLASSES))  # fmt: skip
 
     losses = {name: all_sum(torch.stack(values).double()) / world() for name, values in losses.items()}
     if rank() == 0:

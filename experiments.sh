@@ -1,0 +1,142 @@
+#!/bin/bash
+# Every row of RESULTS.md by its command. What is finished is skipped and what was stopped goes on, so the same line may be
+# given again after any interruption. CARLA, CamVid and IDD-Lite lie below data/ (README, "Data").
+#
+#   bash experiments.sh list                    the rows, and the config and keys of each
+#   bash experiments.sh all                     all rows, one after the other
+#   bash experiments.sh idd-0 'idd-ema-*'       some rows, by their names or patterns of them
+#   bash experiments.sh table                   the tables, of what is finished
+#   bash experiments.sh figures                 the figures, of what is finished
+#
+# Two may run side by side: a stage that another process has in hand is left to it. On 2 cores that, with OMP_NUM_THREADS=1,
+# is the fastest. Minutes of each stage are kept in runs/minutes.tsv.
+set -u
+cd "$(dirname "$0")" || exit
+idd=configs/idd_camvid.yaml carla=configs/carla_camvid.yaml
+five="source_only self_ensembling tgcf_da tgcf_da_se target_only"
+
+# run folder (NAME-SEED) | variants | config and keys | run whose generator is taken (gan) or whose images too (images)
+rows() {
+  local S
+  for S in 0 1 2; do echo "streets-$S|$five|cfg.yaml selfens.snapshot_every=50"; done
+  for S in 0 1 2; do echo "idd-$S|$five|$idd selfens.snapshot_every=100"; done
+  for S in 0 1 2; do echo "carla-$S|$five|$carla"; done
+  for S in 0 1 2; do echo "idd-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/idd_camvid_plus.yaml"; done
+  for S in 0 1 2; do echo "carla-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/carla_camvid_plus.yaml"; done
+  # other translators
+  for method in reinhard fda; do
+    for S in 0 1 2; do echo "idd-$method-$S|tgcf_da tgcf_da_se|$idd augment.method=$method"; done
+  done
+  # what batch norm's statistics do
+  echo "idd-statistics-target-0|source_only|$idd selfens.statistics=target"
+  echo "idd-statistics-all-0|self_ensembling|$idd selfens.statistics=all"
+  echo "idd-no-batch-norm-0|source_only self_ensembling|$idd selfens.batch_norm=false"
+  # ablations
+  for v in 0 1 10 30; do echo "idd-lambda-sem-$v-0|tgcf_da_se|$idd gan.lambda_sem=$v fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"; done
+  for v in 0 1 10 30; do echo "idd-delta-con-$v-0|tgcf_da_se|$idd selfens.delta_con=$v|images idd-0"; done
+  echo "idd-se-delta-con-0-0|self_ensembling|$idd selfens.delta_con=0"
+  for v in 0.9 0.999; do echo "idd-ema-$v-0|tgcf_da_se|$idd selfens.ema_decay=$v|images idd-0"; done
+  echo "idd-no-noise-0|tgcf_da_se|$idd selfens.noise_std=0|images idd-0"
+  echo "idd-no-dropout-0|tgcf_da_se|$idd selfens.dropout=0|images idd-0"
+  echo "idd-fseg-no-jitter-0|tgcf_da_se|$idd fseg.jitter=0"
+  echo "idd-no-spectral-norm-0|tgcf_da_se|$idd gan.spectral_norm=false fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
+  for v in 1 4; do echo "idd-styles-$v-0|tgcf_da_se|$idd augment.styles_per_image=$v|gan idd-0"; done
+  # f_seg of another seed, which says whether augmented images keep their labels
+  echo "streets-judge-100||cfg.yaml gan.steps=0"
+  echo "idd-judge-100||$idd gan.steps=0"
+  echo "carla-judge-100||$carla gan.steps=0"
+}
+
+# stage RUN NAME COMMAND ...: runs the command once; a stage that is finished has left runs/RUN/done/NAME
+stage() {
+  local run=$1 name=$2 start=$SECONDS
+  shift 2
+  [ -e "runs/$run/done/$name" ] && return 0
+  echo "== $run: $name: python $*"
+  python "$@" || return
+  mkdir -p "runs/$run/done" && touch "runs/$run/done/$name"
+  printf '%s\t%s\t%.1f\t%s threads\n' "$run" "$name" "$(((SECONDS - start) / 6))e-1" "${OMP_NUM_THREADS:-all}" >> runs/minutes.tsv
+}
+
+row_of() { rows | grep "^$1|" || { echo "no row $1; bash experiments.sh list" >&2; return 1; }; }
+
+# arguments RUN: its config and keys
+arguments() { local row; row=$(row_of "$1") && echo "$(cut -d'|' -f3 <<< "$row") name=$1 seed=${1##*-}"; }
+
+# borrow RUN WHAT FROM: runs/RUN/WHAT is a link to the other run's
+borrow() { mkdir -p "runs/$1" && { [ -e "runs/$1/$2" ] || ln -s "../$3/$2" "runs/$1/$2"; }; }
+
+gan() {
+  local from given
+  from=$(row_of "$1" | cut -d'|' -f4)
+  if [ -n "$from" ]; then gan "${from#* }" && borrow "$1" gan "${from#* }"; return; fi
+  given=$(arguments "$1" | grep -o 'fseg.checkpoint=runs/[^/]*' | cut -d/ -f2)
+  if [ -n "$given" ]; then gan "$given" || return; fi
+  stage "$1" gan train_gan.py $(arguments "$1")
+}
+
+images() {
+  local from judge
+  from=$(row_of "$1" | cut -d'|' -f4)
+  if [[ $from == images* ]]; then images "${from#* }" && gan "$1" && borrow "$1" augmented "${from#* }"; return; fi
+  judge=${1%%-*}-judge-100
+  { [[ $(arguments "$1") == *augment.method=* ]] || gan "$1"; } && stage "$1" augment augment.py $(arguments "$1") &&
+    gan "$judge" && stage "$1" judge evaluate.py $(arguments "$1") --augmented "runs/$judge/gan/fseg/last.pt"
+}
+
+run_row() {
+  local run=$1 variants keys V
+  variants=$(row_of "$run" | cut -d'|' -f2) keys=$(arguments "$run")
+  if [[ $keys == *pretrained=fseg* || $keys == *_plus.yaml* || -z $variants ]]; then gan "$run" || return; fi
+  for V in $variants; do
+    if [[ $V == tgcf_* ]]; then images "$run" || return; fi
+    stage "$run" "train-$V" train_selfens.py $keys selfens.variant=$V &&
+      stage "$run" "evaluate-$V" evaluate.py $keys selfens.variant=$V --split val || return
+    if [[ $keys == *snapshot_every* && ($V == self_ensembling || $V == tgcf_da_se) ]]; then
+      stage "$run" "curve-$V" evaluate.py $keys selfens.variant=$V --split val --curve || return
+    fi
+  done
+}
+
+table() {
+  local pair found
+  for pair in streets idd carla; do
+    found=$(rows | cut -d'|' -f1 | grep "^$pair-" | while read -r r; do compgen -G "runs/$r/eval/*.json" > /dev/null && echo "runs/$r"; done)
+    if [ -n "$found" ]; then python evaluate.py --table $found; fi
+  done
+}
+
+figures() {
+  local pair run
+  for pair in streets idd carla; do
+    found=$(for S in 0 1 2; do [ -e "runs/$pair-$S/done/evaluate-target_only" ] && echo "runs/$pair-$S"; done)
+    [ -n "$found" ] || continue
+    python figures.py share $found --out docs/share-$pair.png
+    [ -e "runs/$pair-0/done/curve-tgcf_da_se" ] && python figures.py curve $found --out docs/curve-$pair.png
+    for figure in variants training styles; do  # of streets to docs/; pictures of other data stay in the run folder
+      python figures.py $figure $(arguments "$pair-0") $([ $pair = streets ] && echo --out docs/$figure-streets.png)
+    done
+  done
+}
+
+mkdir -p runs
+case ${1:-} in
+  list) rows | column -t -s '|' ;;
+  table) table ;;
+  figures) mkdir -p docs && figures ;;
+  "") sed -n '2,12p' "$0" ;;
+  *)
+    failed=0
+    for wanted in "$@"; do
+      found=0
+      for run in $(rows | cut -d'|' -f1); do
+        if [[ $wanted == all || $run == $wanted ]]; then
+          found=1
+          run_row "$run" || { echo "== $run: stopped here" >&2; failed=1; }
+        fi
+      done
+      if [ $found = 0 ]; then echo "no row $wanted; bash experiments.sh list" >&2; failed=1; fi
+    done
+    exit $failed
+    ;;
+esac
