@@ -31,6 +31,15 @@ rows() {
   echo "idd-statistics-target-0|source_only|$idd selfens.statistics=target"
   echo "idd-statistics-all-0|self_ensembling|$idd selfens.statistics=all"
   echo "idd-no-batch-norm-0|source_only self_ensembling|$idd selfens.batch_norm=false"
+  # one by one what idd_camvid_plus.yaml adds, and what was tried beside it
+  echo "idd-add-sup-balance-0|source_only tgcf_da_se|$idd selfens.sup_balance=0.5|images idd-0"
+  echo "idd-add-rare-0|source_only tgcf_da_se|$idd selfens.rare=0.05|images idd-0"
+  echo "idd-add-trunk-0|source_only tgcf_da_se|$idd selfens.pretrained=fseg|images idd-0"
+  echo "idd-add-jitter-0|source_only tgcf_da_se|$idd selfens.jitter=0.5|images idd-0"
+  echo "idd-add-con-balance-0|tgcf_da_se|$idd selfens.con_balance=0.5|images idd-0"
+  echo "idd-add-con-confidence-0|tgcf_da_se|$idd selfens.con_confidence=0.9|images idd-0"
+  echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
+  echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # ablations
   for v in 0 1 10 30; do echo "idd-lambda-sem-$v-0|tgcf_da_se|$idd gan.lambda_sem=$v fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"; done
   for v in 0 1 10 30; do echo "idd-delta-con-$v-0|tgcf_da_se|$idd selfens.delta_con=$v|images idd-0"; done
@@ -87,7 +96,7 @@ images() {
 run_row() {
   local run=$1 variants keys V
   variants=$(row_of "$run" | cut -d'|' -f2) keys=$(arguments "$run")
-  if [[ $keys == *pretrained=fseg* || $keys == *_plus.yaml* || -z $variants ]]; then gan "$run" || return; fi
+  if [[ $keys == *pretrained=fseg* || $keys == *_plus.yaml* || -z $variants ]]; then gan "$run" || return; fi  # f_seg's trunk
   for V in $variants; do
     if [[ $V == tgcf_* ]]; then images "$run" || return; fi
     stage "$run" "train-$V" train_selfens.py $keys selfens.variant=$V &&
