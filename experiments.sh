@@ -18,8 +18,8 @@ five="source_only self_ensembling tgcf_da tgcf_da_se target_only"
 # run folder (NAME-SEED) | variants | config and keys | run whose generator is taken (gan) or whose images too (images)
 rows() {
   local S
-  for S in 0 1 2; do echo "streets-$S|$five|cfg.yaml selfens.snapshot_every=50"; done
-  for S in 0 1 2; do echo "idd-$S|$five|$idd selfens.snapshot_every=100"; done
+  for S in 0 1 2; do echo "streets-$S|$five|cfg.yaml selfens.snapshot_every=50 sheet_every=150"; done
+  for S in 0 1 2; do echo "idd-$S|$five|$idd selfens.snapshot_every=100 sheet_every=200"; done
   for S in 0 1 2; do echo "carla-$S|$five|$carla"; done
   for S in 0 1 2; do echo "idd-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/idd_camvid_plus.yaml"; done
   for S in 0 1 2; do echo "carla-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/carla_camvid_plus.yaml"; done
