@@ -245,6 +245,16 @@ def write_curve(cfg, scenes: Scenes, split: str, device, precision: str) -> None
         print(f"written: {out}")
 
 
+def load_fseg(path, classes, device) -> tuple[FCN8s, str]:
+    """A trained f_seg, in eval mode, and the digest of its weights. Raises UserError for another file or other classes."""
+    state = load_checkpoint(path, "that is the last.pt of a gan/fseg folder, which train_gan.py writes", ("f_seg",))
+    if state.get("classes") != list(classes):
+        raise UserError(f"{path}: f_seg of classes {shown(state.get('classes'))}, not the config's {list(classes)}")
+    f_seg = FCN8s(len(classes), state["config"]["fseg.width"], state["config"]["fseg.batch_norm"])
+    load_weights(f_seg, state["f_seg"], path)
+    return f_seg.to(device, memory_format=torch.channels_last).eval(), weights_digest(state["f_seg"])
+
+
 @torch.inference_mode()
 def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
     """How well the augmented images keep their labels and follow their guides -> eval/augmented/METHOD.json and the screen.
@@ -258,14 +268,9 @@ def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
     """
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
     augmented, classes = open_augmented(cfg, source), list(source.classes)
-    judge = load_checkpoint(checkpoint, "--augmented takes the last.pt of a gan/fseg folder", ("f_seg",))
-    if judge.get("classes") != classes:
-        raise UserError(f"{checkpoint}: f_seg of classes {shown(judge.get('classes'))}, not the config's {classes}")
-    f_seg = FCN8s(len(classes), judge["config"]["fseg.width"], judge["config"]["fseg.batch_norm"])
-    load_weights(f_seg, judge["f_seg"], checkpoint)
-    f_seg.to(device, memory_format=torch.channels_last).eval()
+    f_seg, judge = load_fseg(checkpoint, classes, device)
     own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-    if own.is_file() and weights_digest(load_checkpoint(own, "", ("f_seg",))["f_seg"]) == weights_digest(judge["f_seg"]):
+    if own.is_file() and weights_digest(load_checkpoint(own, "", ("f_seg",))["f_seg"]) == judge:
         print(f"attention: {checkpoint} is the f_seg that G was trained with; one of another seed is a fairer judge")
 
     guide_of = {line["file"]: line["style"] for line in read_manifest(augmented.folder, augmented.generator).values()}
@@ -302,7 +307,7 @@ def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
         return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-12)).mean())
 
     result = {
-        "method": cfg.augment.method, "judge": weights_digest(judge["f_seg"]), "generator": augmented.generator,
+        "method": cfg.augment.method, "judge": judge, "generator": augmented.generator,
         "images": len(augmented), "agreement": float(kept.sum() / max(right.sum(), 1)),
         "agreement per class": {name: float(k / r) if r else None for name, k, r in zip(classes, kept, right, strict=True)},
         "style distance": float((g - t).abs().mean()), "style distance of the source": float((s - t).abs().mean()),

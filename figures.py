@@ -22,13 +22,13 @@ from PIL import Image
 
 from augment import build_translator
 from datasets import Scenes, class_list, colourise, to_float
-from evaluate import classify, load_network, predictions, read_result
-from losses import IGNORE, style_statistics
-from models import FCN8s
+from evaluate import classify, load_fseg, load_network, predictions, read_result
+from losses import IGNORE
 from runtime import (
-    UserError, atomic_write, autocast, command_line, get_device, get_precision, load_checkpoint, load_weights, make_folder,
-    make_sheet, nested, run_main, to_uint8,
+    UserError, atomic_write, autocast, command_line, get_device, get_precision, make_folder, make_sheet,
+    nested, run_main, to_uint8,
 )  # fmt: skip
+from train_gan import style_correlation
 
 matplotlib.use("Agg")  # files only
 import matplotlib.pyplot as plt  # noqa: E402
@@ -160,9 +160,8 @@ def training(cfg, steps: int = 5) -> Image.Image:
 def styles(cfg, count: int = 4) -> Image.Image:
     """A row per source image, a column per guide. Prints how style follows the guide and how content stays.
 
-    Style: Pearson's correlation over the guides (the sheet's, and the rest of 12) between the image's style statistics and
-    its guide's, mean over sources and the six numbers. Content: of the pixels that this run's f_seg reads rightly on the
-    source, the share that it reads rightly on the generated image.
+    Style: train_gan.py's style_corr for each source, over 12 guides, of which the sheet shows some. Content: of the pixels
+    that this run's f_seg reads rightly on the source, the share that it reads rightly on the generated image.
     """
     device = get_device(cfg)
     precision = get_precision(cfg, device)
@@ -170,25 +169,19 @@ def styles(cfg, count: int = 4) -> Image.Image:
     translate, ready, _ = build_translator(cfg, source, {"source train": source.digest, "target train": target.digest})
     if ready:
         raise UserError("styles: augment.method=folder has images already; choose another method")
-    judge = load_checkpoint(Path(cfg.output, cfg.name, "gan", "fseg", "last.pt"), "run train_gan.py first", ("f_seg",))
-    f_seg = FCN8s(len(source.classes), judge["config"]["fseg.width"], judge["config"]["fseg.batch_norm"])
-    load_weights(f_seg, judge["f_seg"], "f_seg")
-    f_seg.to(device, memory_format=torch.channels_last).eval()
+    f_seg, _ = load_fseg(Path(cfg.output, cfg.name, "gan", "fseg", "last.pt"), source.classes, device)
 
     contents, guides = spread(len(source), count), spread(len(target), 12)
     x_t = to_float(torch.stack([target.image(i) for i in guides]), device)
     shown = [guides.index(guides[k]) for k in spread(len(guides), count)]
     rows, follows, kept = [[np.full((*source.size, 3), 255, np.uint8), *(to_uint8(x_t[k]) for k in shown)]], [], []
-    wanted = style_statistics(x_t) - style_statistics(x_t).mean(0)
     for i in contents:
         x_s, y_s = to_float(source.image(i)[None], device), source.label(i).to(device)
         with autocast(device, precision):
+            follows.append(style_correlation(translate, x_s, x_t))
             x_g = torch.cat([translate(x_s, guide[None]) for guide in x_t])
             right = (f_seg(x_s)[0].argmax(0) == y_s) & (y_s != IGNORE)
             still = f_seg(x_g).argmax(1) == y_s
-        has = style_statistics(x_g)
-        has = has - has.mean(0)
-        follows.append(float(((wanted * has).sum(0) / (wanted.norm(dim=0) * has.norm(dim=0)).clamp(min=1e-6)).mean()))
         kept.append(float(still[:, right].float().mean()))
         rows.append([to_uint8(x_s[0]), *(to_uint8(x_g[k]) for k in shown)])
         print(f"source {source.samples[i].name}: style correlation {follows[-1]:.2f}, content kept {100 * kept[-1]:.1f} %")

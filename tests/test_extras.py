@@ -412,7 +412,8 @@ def test_every_row_of_the_experiments_has_valid_keys(experiments):
 
 def test_experiments_run_once_in_order_and_go_on_where_they_stopped(experiments):
     """A row's stages in order, generator first; a stage that fails stops the row; what is done is not done again."""
-    broken = "train_selfens.py configs/idd_camvid.yaml selfens.snapshot_every=100 sheet_every=200 name=idd-1 seed=1 selfens.variant=tgcf_da"
+    keys = "configs/idd_camvid.yaml selfens.snapshot_every=100 sheet_every=200 name=idd-1 seed=1"
+    broken = f"train_selfens.py {keys} selfens.variant=tgcf_da"
     (experiments.folder / "broken").write_text(broken + "\n")
     status, calls, _ = experiments("idd-1")
     assert status == 1 and calls[-1] == broken
