@@ -21,11 +21,12 @@ rows() {
   for S in 0 1 2; do echo "streets-$S|$five|cfg.yaml selfens.snapshot_every=50 sheet_every=150"; done
   for S in 0 1 2; do echo "idd-$S|$five|$idd selfens.snapshot_every=100 sheet_every=200"; done
   for S in 0 1 2; do echo "carla-$S|$five|$carla"; done
-  for S in 0 1 2; do echo "idd-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/idd_camvid_plus.yaml"; done
-  for S in 0 1 2; do echo "carla-plus-$S|source_only tgcf_da tgcf_da_se target_only|configs/carla_camvid_plus.yaml"; done
+  for S in 0 1 2; do echo "idd-plus-$S|$five|configs/idd_camvid_plus.yaml selfens.snapshot_every=100 sheet_every=200"; done
+  for S in 0 1 2; do echo "carla-plus-$S|$five|configs/carla_camvid_plus.yaml"; done
   # other translators
   for method in reinhard fda; do
     for S in 0 1 2; do echo "idd-$method-$S|tgcf_da tgcf_da_se|$idd augment.method=$method"; done
+    for S in 0 1 2; do echo "streets-$method-$S|tgcf_da tgcf_da_se|cfg.yaml augment.method=$method"; done
   done
   # what batch norm's statistics do
   echo "idd-statistics-target-0|source_only|$idd selfens.statistics=target"
@@ -116,12 +117,12 @@ table() {
 }
 
 figures() {
-  local pair run
-  for pair in streets idd carla; do
+  local pair found figure S
+  for pair in streets idd idd-plus carla carla-plus; do
     found=$(for S in 0 1 2; do [ -e "runs/$pair-$S/done/evaluate-target_only" ] && echo "runs/$pair-$S"; done)
     [ -n "$found" ] || continue
     python figures.py share $found --out docs/share-$pair.png
-    [ -e "runs/$pair-0/done/curve-tgcf_da_se" ] && python figures.py curve $found --out docs/curve-$pair.png
+    if [ -e "runs/$pair-0/done/curve-tgcf_da_se" ]; then python figures.py curve $found --out docs/curve-$pair.png; fi
     for figure in variants training styles; do  # of streets to docs/; pictures of other data stay in the run folder
       python figures.py $figure $(arguments "$pair-0") $([ $pair = streets ] && echo --out docs/$figure-streets.png)
     done

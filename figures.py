@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from augment import build_translator
 from datasets import Scenes, class_list, colourise, to_float
@@ -109,6 +109,10 @@ def share(runs: list[Path]):
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xscale="log", xlabel="share of val's labelled pixels, %", ylabel="gain in IoU, points",
              title=f"{len(runs)} runs, mean ± deviation" if len(runs) > 1 else "one run")
+    ticks = [v for v in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if x[x > 0].min() / 2 < v]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -145,14 +149,16 @@ def training(cfg, steps: int = 5) -> Image.Image:
     paths = sorted(folder.glob("consistency-*.png"))
     if not paths:
         raise UserError(f"{folder}: no sheets; run train_selfens.py with this config first")
-    rows, height = [], cfg.target.size[0]
+    rows = []
     for path in [paths[i] for i in spread(len(paths), steps)]:
         # make_sheet's geometry: columns of equal width, rows of equal height under a line of captions.
         sheet = np.asarray(Image.open(path).convert("RGB"))
         width = sheet.shape[1] // 5 - 4
         height = round(cfg.target.size[0] * width / cfg.target.size[1])
-        rows.append([sheet[16 : 16 + height, c * (width + 4) : c * (width + 4) + width] for c in range(5)])
-        print(f"row {len(rows)}: step {int(path.stem.rpartition('-')[2])}")
+        row = [sheet[16 : 16 + height, c * (width + 4) : c * (width + 4) + width] for c in range(5)]
+        picture, step = Image.fromarray(row[0]), int(path.stem.rpartition("-")[2])
+        ImageDraw.Draw(picture).text((3, 2), f"step {step}", "white", stroke_width=1, stroke_fill="black")
+        rows.append([np.asarray(picture), *row[1:]])
     return make_sheet(["target (val)", "student", "teacher", "inconsistency", "label"], rows)
 
 
