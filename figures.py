@@ -110,7 +110,7 @@ def share(runs: list[Path]):
     axes.set(xscale="log", xlabel="share of val's labelled pixels, %", ylabel="gain in IoU, points",
              title=f"{len(runs)} runs, mean ± deviation" if len(runs) > 1 else "one run")
     ticks = [v for v in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if x[x > 0].min() / 2 < v]
-    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks(ticks, [str(v) for v in ticks])
     axes.minorticks_off()
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)

@@ -99,16 +99,21 @@ class Divided:
     """Batch norm of batches that hold several domains, one after the other and of one size.
 
     In training mode the batch is `domains` equal parts, each normalised by its own statistics; the running ones follow
-    the last part's.
+    the last part's. With `borrows`, the last part is normalised by the running ones instead, which follow the part before.
     """
 
-    domains = 1
+    domains, borrows = 1, False
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) -> the same."""
         if self.domains == 1 or not self.training:
             return super().forward(x)
         *others, last = x.chunk(self.domains)
+        if self.borrows:
+            *others, before = others
+            before = super().forward(before)
+            last = F.batch_norm(last, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return torch.cat([*map(self.by_its_own, others), before, last])
         return torch.cat([*map(self.by_its_own, others), super().forward(last)])
 
     def by_its_own(self, x: Tensor) -> Tensor:

@@ -279,8 +279,9 @@ KEYS = {
     "selfens.pretrained": Key("none", "str", "VGG-16 trunk: none, imagenet, file of torchvision's, or fseg: this run's f_seg"),
     "selfens.width": Key(0.25, "float", "channels of the DeepLab VGG-16 relative to the published ones", 0.01, 4),
     "selfens.batch_norm": Key(True, "bool", "VGG-16 with batch norm (the published one has none)"),
-    "selfens.statistics": Key("seen", "choice", "batch norm's come from target images if the variant sees any, else labelled "
-                              "ones; all it sees; target images", choices=("seen", "all", "target")),
+    "selfens.statistics": Key("seen", "choice", "batch norm's: of target images if the variant sees any, else labelled ones; "
+                              "all it sees; target ones; or labelled ones, for target images, too",
+                              choices=("seen", "all", "target", "labelled")),
     "selfens.aspp_rates": Key([1, 2, 4, 6], "ints", "dilation rates of ASPP, cells of 8 pixels (DeepLab: 6 12 18 24)", 1, 1024),
     "selfens.dropout": Key(0.3, "float", "dropout probability in ASPP, student and teacher", 0, 0.99),
     "selfens.steps": Key(600, "int", "student updates", 0, STEPS),

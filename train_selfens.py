@@ -71,11 +71,16 @@ class DomainPasses(nn.Module):
     evaluation use, are those of the last domain: of target images wherever there are any. Domains of one size pass
     together, the normalisation alone being divided, which is faster, most of all at batch 1 (README, Speed). Others pass
     one after the other.
+
+    borrows: the last domain is normalised by the running statistics, and these are those of the domain before it.
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, borrows: bool = False):
         super().__init__()
-        self.net, self.layers = net, [m for m in net.modules() if hasattr(m, "domains")]
+        self.net, self.layers, self.borrows = net, [m for m in net.modules() if hasattr(m, "domains")], borrows
+        self.norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS)]
+        for m in self.norms:
+            m.borrows = borrows
 
     def forward(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """One (N, 3, H, W) batch per domain -> the logits of each, (N, classes, ceil(H/8), ceil(W/8))."""
@@ -92,8 +97,13 @@ class DomainPasses(nn.Module):
         """The same from a pass per domain."""
         logits = []
         for k, x in enumerate(batches, 1):
-            track_statistics(self.net, k == len(batches))
+            last = k == len(batches)
+            track_statistics(self.net, k == len(batches) - self.borrows)
+            for m in self.norms:
+                m.train(not (self.borrows and last))
             logits.append(self.net(x))
+        for m in self.norms:
+            m.train()
         return logits
 
 
@@ -200,7 +210,8 @@ def main() -> None:
     if cfg.compile:  # in place, so that the names in checkpoints stay; after copying, each for itself
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
-    passes, cast = parallel(DomainPasses(student), run.device), autocast(run.device, run.precision)
+    borrows = c.statistics == "labelled" and use_consistency  # target images are normalised as the labelled ones are
+    passes, cast = parallel(DomainPasses(student, borrows), run.device), autocast(run.device, run.precision)
     average = MovingAverage(teacher, student)
     L_con = partial(consistency, confidence=c.con_confidence, balance=c.con_balance)
     weight = class_weights(labelled.pixels, c.sup_balance).to(run.device) if c.sup_balance else None
@@ -213,6 +224,8 @@ def main() -> None:
     # The images that batch norm's statistics are estimated on, not jittered.
     if c.statistics == "target" and not target:
         domains = {"target": Scenes(cfg, "target", "train", labels=False)}
+    elif c.statistics == "labelled":
+        domains = domains | {"target": None}
     elif c.statistics != "all" and target:
         domains = {"target": target}
     of_last = "x_t" if domains.get("target") else "x_g" if augmented else "x_s"
@@ -221,9 +234,23 @@ def main() -> None:
     sample = [x for k in range(32) for name, x in few[k].items() if name in used]
 
     def readable_teacher():
-        """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last."""
-        estimate_statistics(teacher, [to_float(x, run.device) for x in sample], cast)
+        """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last.
+
+        With `borrows` every step uses them: they stay the average of the student's, which are of clean images there.
+        """
+        if not borrows:
+            estimate_statistics(teacher, [to_float(x, run.device) for x in sample], cast)
         return teacher
+
+    def training_mode():
+        """Of both: dropout is one of the perturbations, and a teacher that normalises by running statistics while the student
+        uses the batch's disagrees with it for no good reason; L_con then flattens the rare classes."""
+        student.train()
+        teacher.train()
+        track_statistics(teacher, False)  # they are averaged from the student's
+        for m in teacher.modules():
+            if borrows and isinstance(m, BATCH_NORMS):
+                m.eval()  # as the student's for target images
 
     def state():
         return {"student": student.state_dict(), "teacher": readable_teacher().state_dict(),
@@ -243,8 +270,7 @@ def main() -> None:
         with cast:
             z_s = student(x_t + c.noise_std * torch.randn_like(x_t))
             z_t = teacher(x_t + c.noise_std * torch.randn_like(x_t))
-        student.train()
-        teacher.train()
+        training_mode()
         size = x_t.shape[-2:]
         # Half the squared distance of two softmaxes lies in [0, 1]; the root makes small ones visible.
         gap = ((z_s.float().softmax(1) - z_t.float().softmax(1)).square().sum(1, keepdim=True) / 2).sqrt()
@@ -254,11 +280,7 @@ def main() -> None:
                  colourise(val.label(i), classes)] for k, i in enumerate(shown)]
         run.sheet(step, "consistency", make_sheet(["target (val)", "student", "teacher", "inconsistency", "label"], rows))
 
-    # Both in training mode: dropout is one of the perturbations, and a teacher that normalises by running statistics
-    # while the student uses the batch's disagrees with it for no good reason; L_con then flattens the rare classes.
-    student.train()
-    teacher.train()
-    track_statistics(teacher, False)  # they are averaged from the student's
+    training_mode()
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant, state):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
         set_lr(optimiser, c.lr, c.schedule, step, c.steps)

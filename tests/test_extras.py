@@ -3,6 +3,7 @@
 Also what looks at finished runs: kept teachers, the judge of augmented images, figures, and the script of all experiments.
 """
 
+import copy
 import json
 import os
 import stat
@@ -19,9 +20,10 @@ from test_stages import write_config
 import datasets
 from datasets import Batches, Scenes
 from losses import IGNORE, class_weights, consistency, cross_entropy, style_loss, style_statistics
-from models import FCN8s, Generator, MultiScaleDiscriminator, build_segmenter
+from models import DeepLabVGG16, FCN8s, Generator, MultiScaleDiscriminator, build_segmenter
 from runtime import KEYS, UserError, load_checkpoint, weights_digest
 from train_gan import gan_step
+from train_selfens import DomainPasses, track_statistics
 
 
 def softmax(z):
@@ -261,6 +263,43 @@ def test_batch_norm_statistics_come_from_the_chosen_images(made, monkeypatch, ch
     os.symlink(run / "augmented", other / "augmented")
     call(config, "train_selfens", f"name={other.name}", f"selfens.statistics={choice}")
     assert set(seen) == {32 * len(domains)}
+
+
+def test_target_images_can_borrow_the_labelled_images_statistics():
+    """borrows: joined and one by one alike, the last domain is normalised by the running statistics of the one before it."""
+    torch.manual_seed(0)
+    nets = [DeepLabVGG16(3, 0.05, True, 0.0, (1, 2))]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    a, b, t = (torch.rand(2, 3, 32, 48) - k / 2 for k in range(3))
+    joined, apart = (DomainPasses(net.train(), borrows=True) for net in nets[:2])
+    outputs = joined([a, b, t]), apart.one_by_one([a, b, t])
+    for x, y in zip(*outputs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    track_statistics(nets[2], True)
+    nets[2](b)
+    for x, y, z in zip(*(net.buffers() for net in nets), strict=True):
+        if x.is_floating_point():  # of the rest, nobody reads the number of batches
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(x, z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs[0][2], nets[2].eval()(t), atol=1e-4, rtol=1e-4)
+    assert all(m.training for m in nets[1].modules())
+
+
+def test_borrowed_statistics_do_not_depend_on_saves_and_sheets(made):
+    """There the teacher's running statistics are part of every step, so nothing that happens between steps may touch them."""
+    config, run = made
+    found = []
+    for every in (1, 100):
+        folder = run.parent / f"borrowed-{every}"
+        folder.mkdir()
+        os.symlink(run / "augmented", folder / "augmented")
+        call(config, "train_selfens", f"name={folder.name}", "selfens.statistics=labelled", f"save_every={every}",
+             f"sheet_every={every}", f"selfens.snapshot_every={every}")
+        state = load_checkpoint(folder / "selfens/tgcf_da_se/last.pt", "")
+        found.append([weights_digest(state[part]) for part in ("student", "teacher")])
+    assert found[0] == found[1]
+    own = load_checkpoint(run / "selfens/tgcf_da_se/last.pt", "")
+    assert weights_digest(own["student"]) != found[0][0]
 
 
 def test_source_only_can_be_normalised_by_target_images(made):
