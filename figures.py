@@ -11,6 +11,7 @@ figure goes; without it, it goes to OUTPUT/NAME/figures/ (of the first RUN). She
 licence before you publish one.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -51,10 +52,17 @@ def read_json(path: Path, keys: set, mend: str) -> dict:
 
 
 def write(path: Path, figure) -> None:
-    """A matplotlib figure or an image to PNG, all or nothing."""
+    """A matplotlib figure or an image to PNG, all or nothing; an image of more than 300 kB with 256 colours."""
     make_folder(path.parent)
-    save = figure.save if isinstance(figure, Image.Image) else lambda f, kind: figure.savefig(f, format=kind, dpi=110)
-    atomic_write(path, lambda file: save(file, "PNG"))
+    content = io.BytesIO()
+    if isinstance(figure, Image.Image):
+        figure.save(content, "PNG")
+        if content.tell() > 300_000:
+            content = io.BytesIO()
+            figure.quantize(256).save(content, "PNG", optimize=True)
+    else:
+        figure.savefig(content, format="png", dpi=110)
+    atomic_write(path, lambda file: file.write(content.getvalue()))
     print(f"written: {path}")
 
 
