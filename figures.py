@@ -107,8 +107,8 @@ def share(runs: list[Path]):
         axes.errorbar(x, y, spread if len(runs) > 1 else None, fmt=marker, color=COLOURS[after], capsize=2, lw=0.8,
                       label=f"{LABELS[after]} over {LABELS[before]}")
         if after == "tgcf_da_se":
-            for name, at in zip(names, zip(x, y, strict=True), strict=True):
-                axes.annotate(name, at, (4, 4), textcoords="offset points", fontsize=8)
+            for turn, k in enumerate(np.argsort(x)):  # above and below in turns: neighbours' names would overlap
+                axes.annotate(names[k], (x[k], y[k]), (4, -11 if turn % 2 else 4), textcoords="offset points", fontsize=8)
         there = ~np.isnan(y) & (x > 0)
         order = [np.argsort(np.argsort(v[there])) for v in (x, y)]
         rank = np.corrcoef(*order)[0, 1] if there.sum() > 2 else np.nan
