@@ -299,7 +299,7 @@ def main() -> None:
         if run.due("log", step, c.steps):
             run.log(step, **terms, lr=optimiser.param_groups[0]["lr"])
     run.close()
-    print(f"selfens: {variant} finished; next: python evaluate.py {' '.join(args.items)} --split val")
+    print(f"selfens: {variant} finished; next: python evaluate.py {' '.join([*args.items, '--split', 'val'])}")
 
 
 if __name__ == "__main__":
