@@ -69,10 +69,11 @@ def load_network(cfg, which: str, classes: dict, device, precision: str, path: P
     predict(x: (N, 3, h, w) in [-1, 1]) yields each image's logits (C, h, w), one at a time: up-sampled logits of a batch
     at 2048x1024 would take gigabytes. Raises UserError for a checkpoint of other classes, config or architecture.
     """
+    parts = {"classes", "config", which} if path else {"classes", "config", "teacher", "student"}
     path = path or Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
     mend = f"train it first: python train_selfens.py CFG selfens.variant={cfg.selfens.variant}"
     state = load_checkpoint(path, mend)
-    if not {"classes", "config", which} <= state.keys():
+    if not parts <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train_selfens.py; {mend}")
     if state["classes"] != list(classes):
         raise UserError(f"{path}: trained on other classes ({shown(state['classes'])}) than the config's "
@@ -220,110 +221,6 @@ def percent(iou: float | None) -> str:
     return "absent" if iou is None else f"{100 * iou:.2f}"
 
 
-def write_curve(cfg, scenes: Scenes, split: str, device, precision: str) -> None:
-    """mIoU of every teacher that was kept -> OUTPUT/NAME/eval/curves/VARIANT_SPLIT.json and the screen. To be looked at, not
-    chosen from: the network to use is the last step's."""
-    variant = cfg.selfens.variant
-    folder = Path(cfg.output, cfg.name, "selfens", variant)
-    paths = sorted(folder.glob("teacher-*.pt"))
-    if not paths:
-        raise UserError(f"{folder}: no teachers were kept; train with selfens.snapshot_every=N")
-    out = output_folder(Path(cfg.output, cfg.name, "eval", "curves"), None, "'output'") / f"{variant}_{split}.json"
-    curve = {"variant": variant, "split": split, "seed": cfg.seed, "classes": list(scenes.classes)}
-    curve |= {"step": [], "miou": [], "iou": []}
-    for path in paths:
-        predict, state = load_network(cfg, "teacher", scenes.classes, device, precision, path)
-        iou = iou_from_confusion(evaluate_model(predict, scenes, cfg.eval.batch, device, path.name))
-        curve["step"].append(state["step"])
-        curve["miou"].append(float(np.nanmean(iou)))
-        curve["iou"].append([None if np.isnan(v) else float(v) for v in iou])
-    if rank() == 0:
-        write_json(out, curve)
-        print(f"\n{variant}, {split}\n{'step':>8}{'mIoU':>8}" + "".join(f"{name[:10]:>11}" for name in scenes.classes))
-        for step, miou, ious in zip(curve["step"], curve["miou"], curve["iou"], strict=True):
-            print(f"{step:>8}{percent(miou):>8}" + "".join(f"{percent(iou):>11}" for iou in ious))
-        print(f"written: {out}")
-
-
-def load_fseg(path, classes, device) -> tuple[FCN8s, str]:
-    """A trained f_seg, in eval mode, and the digest of its weights. Raises UserError for another file or other classes."""
-    state = load_checkpoint(path, "that is the last.pt of a gan/fseg folder, which train_gan.py writes", ("f_seg",))
-    if state.get("classes") != list(classes):
-        raise UserError(f"{path}: f_seg of classes {shown(state.get('classes'))}, not the config's {list(classes)}")
-    f_seg = FCN8s(len(classes), state["config"]["fseg.width"], state["config"]["fseg.batch_norm"])
-    load_weights(f_seg, state["f_seg"], path)
-    return f_seg.to(device, memory_format=torch.channels_last).eval(), weights_digest(state["f_seg"])
-
-
-@torch.inference_mode()
-def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
-    """How well the augmented images keep their labels and follow their guides -> eval/augmented/METHOD.json and the screen.
-
-    agreement: of the pixels at which an f_seg of other weights (JUDGE.pt: the last.pt of another run's gan/fseg folder)
-    agrees with the label on the source image, the share at which it does on the augmented image, for each class and for
-    all pixels. style distance: mean distance of the style statistics (losses.py; images in [-1, 1]) of the augmented images
-    from those of their guides, beside that of the source images. style correlation: Pearson's over the images between the
-    augmented image's statistic and its guide's, mean of the six, beside that of the source images.
-    Raises UserError for a checkpoint that is no f_seg, or one of other classes.
-    """
-    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
-    augmented, classes = open_augmented(cfg, source), list(source.classes)
-    f_seg, judge = load_fseg(checkpoint, classes, device)
-    own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-    if own.is_file() and weights_digest(load_checkpoint(own, "", ("f_seg",))["f_seg"]) == judge:
-        print(f"attention: {checkpoint} is the f_seg that G was trained with; one of another seed is a fairer judge")
-
-    guide_of = {line["file"]: line["style"] for line in read_manifest(augmented.folder, augmented.generator).values()}
-    number = {sample.name: i for i, sample in enumerate(target.samples)}
-    n, batch = len(source), cfg.eval.batch
-    kept, right = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
-    statistics = {"source": [], "augmented": [], "guide": []}
-
-    def reading(x):
-        with autocast(device, precision):
-            return f_seg(x).argmax(1)
-
-    def add(name, x):
-        statistics[name].append(style_statistics(x).double().cpu())
-
-    for first in tqdm(range(0, n, batch), "judge", mininterval=1, leave=False):
-        some = range(first, min(first + batch, n))
-        x_s, y_s = to_float(torch.stack([source.image(i) for i in some]), device), torch.stack([source.label(i) for i in some])
-        hit = (reading(x_s).cpu() == y_s) & (y_s != IGNORE)
-        for first_of_style in range(0, len(augmented), n):
-            files = [augmented.samples[first_of_style + i].image for i in some]
-            x_g = to_float(torch.stack([augmented.image(first_of_style + i) for i in some]), device)
-            x_t = [target.image(number[guide_of[Path(f).relative_to(augmented.folder).as_posix()]]) for f in files]
-            still = hit & (reading(x_g).cpu() == y_s)
-            right += np.bincount(y_s[hit].numpy(), minlength=len(classes))
-            kept += np.bincount(y_s[still].numpy(), minlength=len(classes))
-            add("source", x_s)
-            add("augmented", x_g)
-            add("guide", to_float(torch.stack(x_t), device))
-    s, g, t = (torch.cat(statistics[name]) for name in ("source", "augmented", "guide"))
-
-    def correlation(a, b):
-        a, b = a - a.mean(0), b - b.mean(0)
-        return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-12)).mean())
-
-    result = {
-        "method": cfg.augment.method, "judge": judge, "generator": augmented.generator,
-        "images": len(augmented), "agreement": float(kept.sum() / max(right.sum(), 1)),
-        "agreement per class": {name: float(k / r) if r else None for name, k, r in zip(classes, kept, right, strict=True)},
-        "style distance": float((g - t).abs().mean()), "style distance of the source": float((s - t).abs().mean()),
-        "style correlation": correlation(g, t), "style correlation of the source": correlation(s, t), "config": cfg.flat,
-    }
-    out = output_folder(Path(cfg.output, cfg.name, "eval", "augmented"), None, "'output'") / f"{cfg.augment.method}.json"
-    write_json(out, result)
-    each = ", ".join(f"{n} {'absent' if v is None else f'{100 * v:.0f}'}" for n, v in result["agreement per class"].items())
-    print(f"\n{cfg.augment.method}: {len(augmented)} augmented images")
-    print(f"of the pixels right on the source image, right on the augmented: {100 * result['agreement']:.1f} %")
-    print(f"  per class: {each}")
-    for name in ("style distance", "style correlation"):
-        print(f"{name} with the guide: {result[name]:.3f}, of the source image: {result[name + ' of the source']:.3f}")
-    print(f"written: {out}")
-
-
 def print_table(result: dict) -> None:
     """Fixed-width per-class table and the line that says how the numbers came about."""
     print(f"\n{'class':<14}{'IoU %':>8}{'pixels %':>10}")
@@ -339,15 +236,17 @@ def print_table(result: dict) -> None:
     print(f"protocol: {result['protocol']}\n")
 
 
-def read_result(path) -> dict:
-    """A JSON that main() wrote. Raises UserError for any other file."""
+RESULT = {"miou", "per_class", "classes", "split", "model", "variant", "step", "protocol", "config"}
+
+
+def read_result(path, keys=RESULT, mend="give the JSON that it writes to RUN/eval/") -> dict:
+    """A JSON that evaluate.py wrote, with these keys. Raises UserError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a result ({getattr(error, 'strerror', 0) or error})") from None
-    keys = {"miou", "per_class", "classes", "split", "model", "variant", "step", "protocol", "config"}
+        raise UserError(f"{path}: cannot be read as a result ({getattr(error, 'strerror', 0) or error}); {mend}") from None
     if not isinstance(result, dict) or not keys <= result.keys():
-        raise UserError(f"{path}: not a result of evaluate.py; give the JSON that it writes to RUN/eval/")
+        raise UserError(f"{path}: not a result of evaluate.py; {mend}")
     return result
 
 
@@ -410,6 +309,115 @@ def table(folders: list[str]) -> None:
             ious = [r["per_class"][name] for r in rows[key] if r["per_class"][name] is not None]
             cells.append(f"{100 * np.mean(ious):>11.2f}" if ious else f"{'absent':>11}")
         print(key[2].ljust(wide) * (wide > 0) + f"{key[3]:<16}{key[1]:<8}{key[0]:<6}{len(rows[key]):>4}" + "".join(cells))
+
+
+# ------------------------------------------------------------------------------- kept teachers, augmented images
+
+
+def write_curve(cfg, scenes: Scenes, split: str, device, precision: str) -> None:
+    """mIoU of every teacher that was kept -> OUTPUT/NAME/eval/curves/VARIANT_SPLIT.json and the screen. To be looked at, not
+    chosen from: the network to use is the last step's."""
+    variant = cfg.selfens.variant
+    folder = Path(cfg.output, cfg.name, "selfens", variant)
+    paths = sorted(folder.glob("teacher-*.pt"))
+    if not paths:
+        raise UserError(f"{folder}: no teachers were kept; train with selfens.snapshot_every=N")
+    out = output_folder(Path(cfg.output, cfg.name, "eval", "curves"), None, "'output'") / f"{variant}_{split}.json"
+    curve = {"variant": variant, "split": split, "seed": cfg.seed, "classes": list(scenes.classes)}
+    curve |= {"step": [], "miou": [], "iou": []}
+    for path in paths:
+        predict, state = load_network(cfg, "teacher", scenes.classes, device, precision, path)
+        iou = iou_from_confusion(evaluate_model(predict, scenes, cfg.eval.batch, device, path.name))
+        curve["step"].append(state["step"])
+        curve["miou"].append(float(np.nanmean(iou)))
+        curve["iou"].append([None if np.isnan(v) else float(v) for v in iou])
+    if rank() == 0:
+        write_json(out, curve)
+        print(f"\n{variant}, {split}\n{'step':>8}{'mIoU':>8}" + "".join(f"{name[:10]:>11}" for name in scenes.classes))
+        for step, miou, ious in zip(curve["step"], curve["miou"], curve["iou"], strict=True):
+            print(f"{step:>8}{percent(miou):>8}" + "".join(f"{percent(iou):>11}" for iou in ious))
+        print(f"written: {out}")
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's, of each column of two (K, M) tensors, over the rows; the mean of the M. A constant column counts as 0."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean())
+
+
+def load_fseg(path, classes, device) -> tuple[FCN8s, str]:
+    """A trained f_seg, in eval mode, and the digest of its weights. Raises UserError for another file or other classes."""
+    state = load_checkpoint(path, "that is the last.pt of a gan/fseg folder, which train_gan.py writes", ("f_seg",))
+    if state.get("classes") != list(classes):
+        raise UserError(f"{path}: f_seg of classes {shown(state.get('classes'))}, not the config's {list(classes)}")
+    f_seg = FCN8s(len(classes), state["config"]["fseg.width"], state["config"]["fseg.batch_norm"])
+    load_weights(f_seg, state["f_seg"], path)
+    return f_seg.to(device, memory_format=torch.channels_last).eval(), weights_digest(state["f_seg"])
+
+
+@torch.inference_mode()
+def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
+    """How well the augmented images keep their labels and follow their guides -> eval/augmented/METHOD.json and the screen.
+
+    agreement: of the pixels at which an f_seg of other weights (JUDGE.pt: the last.pt of another run's gan/fseg folder)
+    agrees with the label on the source image, the share at which it does on the augmented image, for each class and for
+    all pixels. style distance: mean distance of the style statistics (losses.py; images in [-1, 1]) of the augmented images
+    from those of their guides, beside that of the source images. style correlation: Pearson's over the images between the
+    augmented image's statistic and its guide's, mean of the six, beside that of the source images.
+    Raises UserError for a checkpoint that is no f_seg, or one of other classes.
+    """
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    augmented, classes = open_augmented(cfg, source), list(source.classes)
+    f_seg, judge = load_fseg(checkpoint, classes, device)
+    own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+    if own.is_file() and weights_digest(load_checkpoint(own, "", ("f_seg",))["f_seg"]) == judge:
+        print(f"attention: {checkpoint} is the f_seg that G was trained with; one of another seed is a fairer judge")
+
+    guide_of = {line["file"]: line["style"] for line in read_manifest(augmented.folder, augmented.generator).values()}
+    number = {sample.name: i for i, sample in enumerate(target.samples)}
+    n, batch = len(source), cfg.eval.batch
+    kept, right = np.zeros(len(classes), np.int64), np.zeros(len(classes), np.int64)
+    statistics = {"source": [], "augmented": [], "guide": []}
+
+    def reading(x):
+        with autocast(device, precision):
+            return f_seg(x).argmax(1)
+
+    def add(name, x):
+        statistics[name].append(style_statistics(x).double().cpu())
+
+    for first in tqdm(range(0, n, batch), "judge", mininterval=1, leave=False):
+        some = range(first, min(first + batch, n))
+        x_s, y_s = to_float(torch.stack([source.image(i) for i in some]), device), torch.stack([source.label(i) for i in some])
+        hit = (reading(x_s).cpu() == y_s) & (y_s != IGNORE)
+        for first_of_style in range(0, len(augmented), n):
+            files = [augmented.samples[first_of_style + i].image for i in some]
+            x_g = to_float(torch.stack([augmented.image(first_of_style + i) for i in some]), device)
+            x_t = [target.image(number[guide_of[Path(f).relative_to(augmented.folder).as_posix()]]) for f in files]
+            still = hit & (reading(x_g).cpu() == y_s)
+            right += np.bincount(y_s[hit].numpy(), minlength=len(classes))
+            kept += np.bincount(y_s[still].numpy(), minlength=len(classes))
+            add("source", x_s)
+            add("augmented", x_g)
+            add("guide", to_float(torch.stack(x_t), device))
+    s, g, t = (torch.cat(statistics[name]) for name in ("source", "augmented", "guide"))
+
+    result = {
+        "method": cfg.augment.method, "judge": judge, "generator": augmented.generator,
+        "images": len(augmented), "agreement": float(kept.sum() / max(right.sum(), 1)),
+        "agreement per class": {name: float(k / r) if r else None for name, k, r in zip(classes, kept, right, strict=True)},
+        "style distance": float((g - t).abs().mean()), "style distance of the source": float((s - t).abs().mean()),
+        "style correlation": correlation(g, t), "style correlation of the source": correlation(s, t), "config": cfg.flat,
+    }
+    out = output_folder(Path(cfg.output, cfg.name, "eval", "augmented"), None, "'output'") / f"{cfg.augment.method}.json"
+    write_json(out, result)
+    each = ", ".join(f"{n} {'absent' if v is None else f'{100 * v:.0f}'}" for n, v in result["agreement per class"].items())
+    print(f"\n{cfg.augment.method}: {len(augmented)} augmented images")
+    print(f"of the pixels right on the source image, right on the augmented: {100 * result['agreement']:.1f} %")
+    print(f"  per class: {each}")
+    for name in ("style distance", "style correlation"):
+        print(f"{name} with the guide: {result[name]:.3f}, of the source image: {result[name + ' of the source']:.3f}")
+    print(f"written: {out}")
 
 
 # ------------------------------------------------------------------------------------------------------------ main

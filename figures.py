@@ -12,7 +12,6 @@ licence before you publish one.
 """
 
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -40,17 +39,6 @@ LABELS = {"source_only": "Source Only", "self_ensembling": "Self-Ensembling", "t
 COLOURS = {"self_ensembling": "#d55e00", "tgcf_da_se": "#0072b2"}
 
 
-def read_json(path: Path, keys: set, mend: str) -> dict:
-    """A dictionary with these keys. Raises UserError for anything else."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 0) or error}); {mend}") from None
-    if not isinstance(result, dict) or not keys <= result.keys():
-        raise UserError(f"{path}: not what was expected; {mend}")
-    return result
-
-
 def write(path: Path, figure) -> None:
     """A matplotlib figure or an image to PNG, all or nothing; an image of more than 300 kB with 256 colours."""
     make_folder(path.parent)
@@ -74,7 +62,7 @@ def curve(runs: list[Path]):
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for variant, colour in COLOURS.items():
         mend = f"run evaluate.py --curve with selfens.variant={variant} on this run first"
-        curves = [read_json(run / "eval" / "curves" / f"{variant}_val.json", {"step", "miou"}, mend) for run in runs]
+        curves = [read_result(run / "eval" / "curves" / f"{variant}_val.json", {"step", "miou"}, mend) for run in runs]
         if any(c["step"] != curves[0]["step"] for c in curves):
             raise UserError(f"{runs[0]} ... {runs[-1]}: {variant}: teachers of different steps; compare runs of one config")
         steps, mious = curves[0]["step"], 100 * np.array([c["miou"] for c in curves])
@@ -187,7 +175,7 @@ def styles(cfg, count: int = 4) -> Image.Image:
 
     contents, guides = spread(len(source), count), spread(len(target), 12)
     x_t = to_float(torch.stack([target.image(i) for i in guides]), device)
-    shown = [guides.index(guides[k]) for k in spread(len(guides), count)]
+    shown = spread(len(guides), count)
     rows, follows, kept = [[np.full((*source.size, 3), 255, np.uint8), *(to_uint8(x_t[k]) for k in shown)]], [], []
     for i in contents:
         x_s, y_s = to_float(source.image(i)[None], device), source.label(i).to(device)
@@ -200,8 +188,8 @@ def styles(cfg, count: int = 4) -> Image.Image:
         rows.append([to_uint8(x_s[0]), *(to_uint8(x_g[k]) for k in shown)])
         print(f"source {source.samples[i].name}: style correlation {follows[-1]:.2f}, content kept {100 * kept[-1]:.1f} %")
     print(f"mean: style correlation {np.mean(follows):.2f}, content kept {100 * np.mean(kept):.1f} %")
-    captions = [f"style {np.mean(follows):.2f} content {100 * np.mean(kept):.0f} %", *(f"guide {k + 1}" for k in range(count))]
-    return make_sheet(captions, rows)
+    guides = [f"guide {k + 1}" for k in range(len(shown))]
+    return make_sheet([f"style {np.mean(follows):.2f} content {100 * np.mean(kept):.0f} %", *guides], rows)
 
 
 PLOTS, SHEETS = {"curve": curve, "share": share}, {"variants": variants, "training": training, "styles": styles}

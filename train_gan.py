@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
-from evaluate import evaluate_model, iou_from_confusion
+from evaluate import correlation, evaluate_model, iou_from_confusion
 from losses import class_weights, cross_entropy, labelled_pixels, lsgan_d, lsgan_g, style_loss, style_statistics
 from models import FCN8s, Generator, build_discriminator, build_generator, synchronised
 from runtime import (
@@ -128,15 +128,10 @@ def style_correlation(generate, contents: torch.Tensor, guides: torch.Tensor) ->
     the K guides between the guide's and the generated image's is taken, then the mean over contents and numbers. A
     number that does not vary over the guides counts as correlation 0.
     """
-    def style(x):  # (K, 3, H, W) -> (K, 6), centred over the guides
-        s = style_statistics(x)
-        return s - s.mean(0)
-
-    a, total = style(guides), 0.0
-    for content in contents:
-        b = style(torch.cat([generate(content[None], guide[None]) for guide in guides]))
-        total += ((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean()
-    return float(total / len(contents))
+    wanted = style_statistics(guides)
+    return float(np.mean([
+        correlation(wanted, style_statistics(torch.cat([generate(content[None], guide[None]) for guide in guides])))
+        for content in contents]))
 
 
 # ---------------------------------------------------------------------------------------------------------- G and D
