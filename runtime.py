@@ -498,7 +498,11 @@ def run_main(main) -> None:
     # TensorBoard writes in a thread of its own; what stops it there is raised again, and told, here.
     threading.excepthook = lambda args: None if issubclass(args.exc_type, OSError) else threading.__excepthook__(args)
     try:
-        main()
+        try:
+            main()
+        except Exception:
+            SIGNALS.failing = True
+            raise
     except UserError as error:
         line = str(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -899,20 +903,25 @@ _locks = {}
 
 
 class _Signals:
-    """What SIGTERM and SIGINT do: in a training loop they are kept until the step is done, elsewhere they end the process."""
+    """What SIGTERM and SIGINT do: in a training loop they are kept until the step is done, elsewhere they end the process.
 
-    looping, received = False, None
+    A process that is about to end with an error tells it first: torchrun sends SIGTERM to all as soon as one has died.
+    """
+
+    looping, failing, received = False, False, None
 
     def install(self) -> None:
         """Takes the two signals; a second one ends the process at once, with the conventional status."""
+        self.looping, self.failing, self.received = False, False, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number, _frame) -> None:
-        if not self.looping or self.received:
+        if self.received or not (self.looping or self.failing):
             raise SystemExit(128 + number)
         self.received = number
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())  # print is not re-entrant
+        if not self.failing:
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())  # print is not re-entrant
 
 
 SIGNALS = _Signals()
@@ -1060,6 +1069,9 @@ class Run:
                 self.bar.update()
                 if self.due("save", step, total):
                     save()
+        except Exception:
+            SIGNALS.failing = True  # before it is no longer looping: run_main has not seen the error yet
+            raise
         finally:
             SIGNALS.looping = False
             self.bar.close()

@@ -202,3 +202,23 @@ def test_a_process_that_dies_takes_the_others_along(runs, tmp_path):
     assert time.monotonic() - start < 60 and process.returncode
     assert "SIGKILL" in errors and "error: process" in errors
     assert load_checkpoint(log.with_name("last.pt"), "")["step"] >= 2
+
+
+def test_an_error_is_told_though_torchruns_sigterm_comes_meanwhile():
+    """torchrun stops the others as soon as one has died; that must not swallow the line that says why they ended."""
+    program = """
+import os, signal
+from runtime import UserError, run_main
+
+class Late(UserError):
+    def __str__(self):  # run_main asks for the text while it handles the error
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "cfg.yaml: mend it"
+
+def main():
+    raise Late
+
+run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, env=ENV, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: cfg.yaml: mend it\n")
