@@ -782,6 +782,11 @@ class Scenes:
         return np.array([np.bincount(self.label(i).flatten().numpy(), minlength=IGNORE + 1)[: len(self.classes)]
                          for i in tqdm(range(len(self)), "labels", mininterval=1, leave=False, disable=rank() > 0)])
 
+    @property
+    def shares(self) -> np.ndarray:
+        """(images, classes) each class's part of the image's labelled pixels."""
+        return self.pixels / self.pixels.sum(1, keepdims=True).clip(min=1)
+
     def _cached(self, kind: str, i: int, path: str | None, make) -> Tensor:
         """The value of `kind` for sample i, from memory, from the disk cache or from make(), which reads `path`."""
         value = self._cache.get((kind, i))
@@ -879,21 +884,66 @@ def images_by_class(source: Scenes, rare: float) -> tuple[np.ndarray, list[np.nd
     return p / p.sum(), images
 
 
+def images_like(source: Scenes, shares: np.ndarray, least: float) -> np.ndarray:
+    """Probabilities of source images under which their content is like another domain's: entropy balancing (Hainmueller 2012).
+
+    shares: (C,) of the classes in the other domain, sum 1. The p_i ~ exp(lambda . z_i), z_i an image's shares less these, in
+    standard deviations, with the lambda that minimises log sum_i exp(lambda . z_i) + rho / 2 |lambda|^2: at rho = 0 the p
+    nearest to uniform under which the mean share of each class is the other domain's, if there is one. rho is the least for
+    which the effective number of images, 1 / sum p^2, is `least` of all or more. -> (N,), sum 1.
+    """
+    spread = source.shares.std(0)
+    z = ((source.shares - shares) / np.where(spread > 0, spread, 1))[:, spread > 0]  # what no image has cannot be weighed
+
+    def solve(rho, weight):  # Newton's method, damped: the function is convex
+        def value(weight):
+            e = z @ weight
+            return e.max() + np.log(np.exp(e - e.max()).sum()) + rho / 2 * (weight @ weight)
+
+        for _ in range(200):
+            p = np.exp(z @ weight - (z @ weight).max())
+            p = (p / p.sum()).clip(min=1e-15)
+            mean = p @ z
+            gradient = mean + rho * weight
+            if np.abs(gradient).max(initial=0) < 1e-9:
+                break
+            curvature = (z * p[:, None]).T @ z - np.outer(mean, mean) + rho * np.eye(len(mean))
+            step, size = np.linalg.solve(curvature, gradient), 1.0
+            while size > 1e-6 and value(weight - size * step) > value(weight) - 1e-4 * size * (gradient @ step):
+                size /= 2
+            weight = weight - size * step
+        return p / p.sum(), weight
+
+    p, weight = solve(1e-4, np.zeros(z.shape[1]))
+    if 1 / (p**2).sum() >= least * len(z):
+        return p
+    nearest, low, high = np.full(len(z), 1 / len(z)), -4.0, 4.0  # rho's powers of ten
+    for _ in range(30):
+        p, weight = solve(10 ** ((low + high) / 2), weight)
+        if 1 / (p**2).sum() >= least * len(z):
+            nearest, high = p, (low + high) / 2
+        else:
+            low = (low + high) / 2
+    return nearest
+
+
 class Batches(torch.utils.data.Dataset):
     """Item `step` (0, 1, ...) is the whole batch of that step, a function of (seed, stage, step) alone.
 
     So neither the number of loader workers nor a resumed run changes what is drawn. Every domain goes through its
-    images in a new random order each epoch; with `STAGE.rare`, source images are drawn by class (see images_by_class).
-    Of several processes, each gets its own N images of the step's batch. The batch is a dictionary of uint8 tensors:
+    images in a new random order each epoch; with `STAGE.rare`, source images are drawn by class (see images_by_class), with
+    `weights`, (N,), by these probabilities. Of several processes, each gets its own N images of the step's batch. The batch is
+    a dictionary of uint8 tensors:
         x_s (N, 3, h, w), y_s (N, h, w)   source images and labels
         x_g (N, 3, h, w)                  an augmented version of the same source images, flipped and cropped with them
         x_t (N, 3, h, w)                  target images
+        content, style                    with `guides`: x_s before the jitter, and for each a guide, a whole image
 
     jitter: strength of `photometric_jitter` on x_s and x_g.
     """
 
     def __init__(self, cfg, stage: str, batch: int, crop, source: Scenes = None, augmented: Scenes = None,
-                 target: Scenes = None, jitter: float = 0.0):
+                 target: Scenes = None, jitter: float = 0.0, weights: np.ndarray | None = None, guides: Scenes = None):
         self.seed, self.stage, self.batch, self.crop, self.flip = cfg.seed, stage, batch, crop, cfg.flip
         accumulate = getattr(cfg, stage).accumulate if hasattr(cfg, stage) else 1
         if batch % (world() * accumulate):
@@ -901,6 +951,7 @@ class Batches(torch.utils.data.Dataset):
                             f"accumulate={accumulate} cannot share it evenly; make it a multiple of {world() * accumulate}")
         self.part = range(rank() * batch // world(), (rank() + 1) * batch // world())
         self.source, self.augmented, self.target, self.jitter = source, augmented, target, jitter
+        self.weights, self.guides = weights, guides
         rare = getattr(getattr(cfg, stage, None), "rare", 0)
         self.by_class = images_by_class(source, rare) if rare and source is not None else None
         for scenes in (source, target):
@@ -909,9 +960,13 @@ class Batches(torch.utils.data.Dataset):
                                 "or set it to null for whole images")
 
     def _index(self, domain: str, position: int, n: int) -> int:
-        if domain == "source" and self.by_class:
-            rng, (p, images) = random_generator(self.seed, self.stage, "rare", position), self.by_class
-            return int(rng.choice(images[rng.choice(len(p), p=p)]))
+        if domain == "source" and (self.by_class or self.weights is not None):
+            rng, some = random_generator(self.seed, self.stage, "rare", position), np.arange(n)
+            if self.by_class:
+                p, images = self.by_class
+                some = images[rng.choice(len(p), p=p)]
+            p = None if self.weights is None else self.weights[some] / self.weights[some].sum()
+            return int(rng.choice(some, p=p))
         return int(_order(self.seed, self.stage, domain, position // n, n=n)[position % n])
 
     def _geometry(self, rng, *tensors: Tensor) -> list[Tensor]:
@@ -937,7 +992,11 @@ class Batches(torch.utils.data.Dataset):
                     names.append("x_g")
                     tensors.append(self.augmented.image(style * len(self.source) + i))
                 tensors = self._geometry(rng, *tensors)
-                for k in (0, 2)[: len(tensors) - 1] if self.jitter else ():  # x_s and, each by its own draw, x_g
+                if self.guides is not None:
+                    guide = random_generator(self.seed, self.stage, "guide", position).integers(len(self.guides))
+                    names += ["content", "style"]
+                    tensors += [tensors[0], self.guides.image(int(guide))]
+                for k in (0, 2)[: names.count("x_g") + 1] if self.jitter else ():  # x_s and, each by its own draw, x_g
                     tensors[k] = (photometric_jitter(tensors[k] / 255, self.jitter, rng) * 255).round().byte()
                 for name, tensor in zip(names, tensors, strict=True):
                     batch.setdefault(name, []).append(tensor)

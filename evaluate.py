@@ -356,6 +356,18 @@ def load_fseg(path, classes, device) -> tuple[FCN8s, str]:
 
 
 @torch.inference_mode()
+def class_shares(f_seg: FCN8s, scenes: Scenes, batch: int, device, precision: str) -> np.ndarray:
+    """(C,) f_seg's mean probabilities over all pixels of these images: what it takes their content to be. Sum 1."""
+    total = 0
+    for first in tqdm(range(0, len(scenes), batch), "content", mininterval=1, leave=False, disable=rank() > 0):
+        x = torch.stack([scenes.image(i) for i in range(first, min(first + batch, len(scenes)))])
+        with autocast(device, precision):
+            p = f_seg(to_float(x, device))
+        total = total + p.float().softmax(1).mean((2, 3)).double().sum(0).cpu().numpy()
+    return gather(total / len(scenes))[0]  # of all processes the first one's: they must draw alike
+
+
+@torch.inference_mode()
 def judge_augmented(cfg, checkpoint: str, device, precision: str) -> None:
     """How well the augmented images keep their labels and follow their guides -> eval/augmented/METHOD.json and the screen.
 

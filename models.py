@@ -528,6 +528,18 @@ class DeepLabVGG16(VGGSegmenter):
         return full[..., : size[0], : size[1]]
 
 
+def own_fseg(cfg, why: str) -> tuple[Path, dict]:
+    """File and content of the f_seg that this run's train_gan.py trained. why: it is needed.
+
+    Raises UserError where there is none or it is not finished.
+    """
+    path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+    state = load_checkpoint(path, f"{why}: run train_gan.py with this config first", ("f_seg",))
+    if not state["config"].get("fseg.checkpoint") and state["step"] < state["config"]["fseg.steps"]:
+        raise UserError(f"{path}: f_seg's training stopped at step {state['step']}; run train_gan.py again, it continues")
+    return path, state
+
+
 def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
     """The segmentation network that the config's `selfens.*` keys describe.
 
@@ -537,11 +549,7 @@ def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16
     c = cfg.selfens
     net = DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, "none" if pretrained == "fseg" else pretrained)
     if pretrained == "fseg":
-        path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-        state = load_checkpoint(path, "selfens.pretrained=fseg takes f_seg's trunk: run train_gan.py with this config first",
-                                ("f_seg",))
-        if not state["config"].get("fseg.checkpoint") and state["step"] < state["config"]["fseg.steps"]:
-            raise UserError(f"{path}: f_seg's training stopped at step {state['step']}; run train_gan.py again, it continues")
+        path, state = own_fseg(cfg, "selfens.pretrained=fseg takes f_seg's trunk")
         trunk = {k.removeprefix("features."): v for k, v in state["f_seg"].items() if k.startswith("features.")}
         load_weights(net.features, trunk, f"{path} (selfens.width and selfens.batch_norm must be fseg's)")
     return net

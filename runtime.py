@@ -250,6 +250,7 @@ KEYS = {
     "gan.accumulate": Key(1, "int", "parts of a process's batch that pass one after the other, to save memory", 1, 4096),
     "gan.crop": Key([64, 96], "size", "random crop, pixels; null takes the whole image", 8, SIDE, null=True),
     "gan.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
+    "gan.content": Key(0.0, "float", "draws source images like the target in content, as in selfens.content; 0: paper's", 0, 1),
     "gan.lambda_sem": Key(3.0, "float", "weight of L_sem, a mean over pixels, beside L_GAN", 0),
     "gan.lambda_rec": Key(0.0, "float", "weight of L_rec, target images as their own guides unchanged; 0 is the paper's", 0),
     "gan.lambda_style": Key(0.0, "float", "weight of L_style, which ties an image to its guide's colours; 0 is the paper's", 0),
@@ -300,6 +301,9 @@ KEYS = {
     "selfens.jitter": Key(0.0, "float", "photometric jitter on supervised images, as in fseg.jitter; 0 is the paper's", 0, 2),
     "selfens.sup_balance": Key(0.0, "float", "L_sup weighs pixels by (share of their class)^-this; 0: the paper's", 0, 1),
     "selfens.rare": Key(0.0, "float", "draws source images by class, as in fseg.rare; 0 is the paper's", 0, 10),
+    "selfens.content": Key(0.0, "float", "draws source images like the target in content, as f_seg reads it, and no fewer "
+                           "in effect than this part of all; 0: the paper's", 0, 1),
+    "selfens.repaint": Key(False, "bool", "repaints in each step with a newly drawn guide in place of augment.py's images"),
     "selfens.noise_std": Key(0.05, "float", "Gaussian noise on target images, whose values span -1 to 1", 0, 2),
     "selfens.snapshot_every": Key(0, "int", "steps between teachers that are kept for evaluate.py --curve; 0: none", 0, STEPS),
 

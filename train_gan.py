@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import Batches, Scenes, colourise, photometric_jitter, to_float
-from evaluate import correlation, evaluate_model, iou_from_confusion
+from datasets import Batches, Scenes, colourise, images_like, photometric_jitter, to_float
+from evaluate import class_shares, correlation, evaluate_model, iou_from_confusion
 from losses import class_weights, cross_entropy, labelled_pixels, lsgan_d, lsgan_g, style_loss, style_statistics
 from models import FCN8s, Generator, build_discriminator, build_generator, synchronised
 from runtime import (
@@ -294,7 +294,10 @@ def main() -> None:
         run.check(step, c.steps, terms, state, batch)
 
     shared_G, shared_D = (parallel(net, run.device) for net in (G, D))
-    batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target)
+    weights = None
+    if c.content:  # D would tell the domains by their content
+        weights = images_like(source, class_shares(f_seg, target, cfg.eval.batch, run.device, run.precision), c.content)
+    batches = Batches(cfg, "gan", c.batch, c.crop, source=source, target=target, weights=weights)
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, "gan", state):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         set_lr(opt_g, c.lr_g, c.schedule, step, c.steps)

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from augment import open_augmented
-from datasets import Batches, Scenes, colourise, has_labels, to_float
+from augment import build_translator, open_augmented
+from datasets import Batches, Scenes, colourise, has_labels, images_like, to_float
+from evaluate import class_shares, load_fseg
 from losses import class_weights, consistency, cross_entropy, labelled_pixels, sigmoid_ramp_up
-from models import DeepLabVGG16, build_segmenter, synchronised
+from models import DeepLabVGG16, build_segmenter, own_fseg, synchronised
 from runtime import (
-    Run, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, own_part, parallel, run_main, seed_torch,
-    set_lr, silent, to_uint8, whole_batch,
+    Run, UserError, autocast, command_line, heat, load_optimiser, load_weights, make_sheet, own_part, parallel, run_main,
+    seed_torch, set_lr, silent, to_uint8, whole_batch,
 )  # fmt: skip
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -187,13 +188,21 @@ def main() -> None:
 
     # Target labels are read by target_only and by nobody else.
     labelled = Scenes(cfg, "target" if variant == "target_only" else "source", "train", labels=True)
-    augmented = open_augmented(cfg, labelled) if use_augmented else None
-    target = Scenes(cfg, "target", "train", labels=False) if use_consistency else None
+    repaint, like_target = use_augmented and c.repaint, c.content and variant != "target_only"
+    augmented = open_augmented(cfg, labelled) if use_augmented and not repaint else None
+    target_images = Scenes(cfg, "target", "train", labels=False) if use_consistency or repaint or like_target else None
+    target = target_images if use_consistency else None
     val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
     classes = labelled.classes
 
-    data = {f"{labelled.role} train": labelled.digest} | ({"augmented": augmented.digest} if use_augmented else {}) \
-        | ({"target train": target.digest} if use_consistency else {})
+    data = {f"{labelled.role} train": labelled.digest} | ({"augmented": augmented.digest} if augmented else {}) \
+        | ({"target train": target_images.digest} if target_images else {})
+    if repaint:
+        translate, ready, data["generator"] = build_translator(cfg, labelled, data)
+        if ready:
+            raise UserError("selfens.repaint=true: augment.method=folder has no translator; set it to false")
+    if like_target:
+        f_seg, data["f_seg"] = load_fseg(own_fseg(cfg, "selfens.content reads the target by f_seg")[0], classes, "cpu")
     run = Run(cfg, "selfens", Path(cfg.output, cfg.name, "selfens", variant),
               ("", "source", "target", *["augment"] * use_augmented, "selfens"), data, args.restart)
     if run.finished(c.steps):
@@ -216,11 +225,29 @@ def main() -> None:
     L_con = partial(consistency, confidence=c.con_confidence, balance=c.con_balance)
     weight = class_weights(labelled.pixels, c.sup_balance).to(run.device) if c.sup_balance else None
     print(f"selfens: {variant}: {len(labelled)} labelled"
-          + (f", {len(augmented)} augmented" if augmented else "") + (f", {len(target)} target" if target else "")
+          + (f", {len(augmented)} augmented" if augmented else ", repainted in each step" if repaint else "")
+          + (f", {len(target)} target" if target else "")
           + f" images, {c.steps} steps of {c.batch} per domain, {sum(p.numel() for p in student.parameters()):,} parameters")
 
+    weights = None
+    if like_target:
+        shares = class_shares(f_seg.to(run.device), target_images, cfg.eval.batch, run.device, run.precision)
+        weights = images_like(labelled, shares, c.content)
+        print("selfens: content, source / target as f_seg reads it / source as drawn: " + ", ".join(
+            f"{name} {100 * a:.1f} / {100 * b:.1f} / {100 * d:.1f} %" for name, a, b, d in
+            zip(classes, labelled.shares.mean(0), shares, weights @ labelled.shares, strict=True)))
+    drawn = {"weights": weights, "guides": target_images if repaint else None}
     domains = {"source": labelled, "augmented": augmented, "target": target}
-    batches = Batches(cfg, "selfens", c.batch, c.crop, **domains, jitter=c.jitter)
+    batches = Batches(cfg, "selfens", c.batch, c.crop, **domains, **drawn, jitter=c.jitter)
+
+    def paint(batch):
+        """Adds x_g, (N, 3, h, w) uint8 as augment.py would have stored it, on the device."""
+        if "content" in batch:
+            with torch.no_grad(), cast:
+                x_g = translate(to_float(batch["content"], run.device), to_float(batch["style"], run.device))
+            batch["x_g"] = (x_g.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+        return batch
+
     # The images that batch norm's statistics are estimated on, not jittered.
     if c.statistics == "target" and not target:
         domains = {"target": Scenes(cfg, "target", "train", labels=False)}
@@ -228,10 +255,10 @@ def main() -> None:
         domains = domains | {"target": None}
     elif c.statistics != "all" and target:
         domains = {"target": target}
-    of_last = "x_t" if domains.get("target") else "x_g" if augmented else "x_s"
+    of_last = "x_t" if domains.get("target") else "x_g" if use_augmented else "x_s"
     used = ("x_s", "x_g", "x_t") if c.statistics == "all" else (of_last,)
-    few = Batches(cfg, "selfens", c.batch, c.crop, **domains)
-    sample = [x for k in range(32) for name, x in few[k].items() if name in used]
+    few = Batches(cfg, "selfens", c.batch, c.crop, **domains, **drawn)
+    sample = [x.cpu() for k in range(32) for name, x in paint(few[k]).items() if name in used]
 
     def readable_teacher():
         """Whenever its running statistics are used they are made anew, so that nothing depends on when that was last.
@@ -284,6 +311,7 @@ def main() -> None:
     for step, batch in run.progress(batches.loader(run.start, c.steps, cfg.workers), c.steps, variant, state):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
         set_lr(optimiser, c.lr, c.schedule, step, c.steps)
+        batch = paint(batch)
         x = {name: to_float(batch[name], run.device) for name in ("x_s", "x_g", "x_t") if name in batch}
         y_s = batch["y_s"].to(run.device, non_blocking=True).long()
         delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)

@@ -163,6 +163,66 @@ def test_rare_classes_are_drawn_by_their_share():
     assert tiny.tolist() == [0, 1, 0]
 
 
+class Shares:
+    """A thousand images with any mixture of five classes, the last one in none of them."""
+
+    def __init__(self):
+        mixed = np.random.default_rng(0).dirichlet([5, 2, 1, 0.3], 1000)
+        self.shares = np.concatenate([mixed, np.zeros((1000, 1))], 1)
+
+
+def test_source_images_are_drawn_like_the_target_in_content():
+    """Of all probabilities with the target's mean shares the nearest to uniform, as far as enough images are left.
+
+    Those, and no others, have that mean and a logarithm that is affine in the shares (Hainmueller 2012).
+    """
+    source, target = Shares(), np.array([0.4, 0.35, 0.1, 0.15, 0])
+    p = datasets.images_like(source, target, 0.01)
+    assert p.sum() == pytest.approx(1, abs=1e-12) and p.min() > 0
+    np.testing.assert_allclose(p @ source.shares, target, atol=1e-4)
+    _, residual, *_ = np.linalg.lstsq(source.shares, np.log(p), rcond=None)  # the shares sum to 1: that is the constant
+    assert residual.sum() < 1e-12
+    half = datasets.images_like(source, target, 0.5)
+    assert 1 / (half**2).sum() == pytest.approx(500, rel=1e-6)
+    distances = [np.abs(q @ source.shares - target).sum() for q in (p, half, np.full(1000, 1 / 1000))]
+    assert distances == sorted(distances)
+    np.testing.assert_allclose(datasets.images_like(source, target, 1), 1 / 1000, rtol=1e-6)
+    # Out of reach: all sky and a class that no source image has. As near as enough images allow, and no error.
+    far = datasets.images_like(source, np.array([0, 0, 0, 0.5, 0.5]), 0.02)
+    assert np.isfinite(far).all() and 1 / (far**2).sum() == pytest.approx(20, rel=1e-6)
+    assert (far @ source.shares)[3] > 3 * source.shares[:, 3].mean()
+
+
+def test_weights_draw_images_and_within_a_class_too():
+    """Drawn as often as they weigh; of the images that have the class that `rare` drew, likewise."""
+    source, weights = FewCars(), np.array([0.5, 0.3, *[0.2 / 8] * 8])
+
+    def drawn(**keys):
+        batches = Batches(make_cfg(flip=False, **keys), "selfens", 1, None, source=source, weights=weights)
+        return [int(batches[k]["x_s"][0, 0, 0, 0]) for k in range(1000)]
+
+    plain, rare = drawn(), drawn(selfens__rare=1e-6)
+    assert [plain.count(i) / 1000 for i in range(10)] == pytest.approx(weights, abs=0.05)
+    assert set(rare) == {9}  # the only one with a car
+    assert drawn(selfens__rare=0.5).count(0) > drawn(selfens__rare=0.5).count(1) > 0
+
+
+def test_guides_are_drawn_anew_and_content_is_not_jittered():
+    """Another guide each time an image comes up; content is x_s as it was, flipped and cropped with it."""
+    source, guides = FewCars(), FewCars()
+    batches = Batches(make_cfg(), "selfens", 2, [8, 12], source=source, guides=guides, jitter=1.0)
+    seen = {}
+    for step in range(20):
+        batch = batches[step]
+        assert batch["x_s"].shape == batch["content"].shape == (2, 3, 8, 12) and batch["style"].shape == (2, 3, 20, 20)
+        for k in range(2):
+            seen.setdefault(int(batch["content"][k, 0, 0, 0]), []).append(int(batch["style"][k, 0, 0, 0]))
+            assert len(batch["content"][k].unique()) == 1 < len(batch["x_s"][k].unique())
+    assert len(seen) == 10 and all(len(styles) == 4 for styles in seen.values())
+    assert sum(len(set(styles)) > 1 for styles in seen.values()) > 8
+    assert torch.equal(batches[7]["style"], batches[7]["style"])
+
+
 # -------------------------------------------------------------------------------------------------- on a finished run
 
 
@@ -302,6 +362,89 @@ def test_borrowed_statistics_do_not_depend_on_saves_and_sheets(made):
     assert weights_digest(own["student"]) != found[0][0]
 
 
+def test_repainted_in_each_step(made, monkeypatch):
+    """x_g is what G makes of the step's x_s and guides, as a PNG would hold it; augment.py's images are not needed."""
+    import train_selfens
+    from augment import build_translator
+    from runtime import load_config
+
+    config, run = made
+    seen, original = [], train_selfens.selfens_step
+    monkeypatch.setattr(train_selfens, "selfens_step", lambda *args: (seen.append(args[4]), original(*args))[1])
+    for name, lengths in (("repaint", [4]), ("again", [2, 4])):  # the second one is stopped, and goes on
+        (run.parent / name).mkdir()
+        os.symlink(run / "gan", run.parent / name / "gan")
+        seen.clear()
+        for steps in lengths:
+            call(config, "train_selfens", f"name={name}", "selfens.repaint=true", "selfens.variant=tgcf_da",
+                 "selfens.schedule=constant", f"selfens.steps={steps}")
+    cfg = load_config(str(config), [f"output={run.parent}", "name=repaint"])
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    batches = Batches(cfg, "selfens", cfg.selfens.batch, cfg.selfens.crop, source=source, guides=target)
+    G = build_translator(cfg, source, {})[0]
+    assert len(seen) == 4 and [*seen[0]] == ["x_s", "x_g"]
+    for step, x in enumerate(seen):
+        batch = batches[step]
+        with torch.no_grad():
+            x_g = G(*(batch[name].float() / 127.5 - 1 for name in ("content", "style")))
+        assert not x["x_g"].requires_grad
+        torch.testing.assert_close(x["x_s"], batch["content"].float() / 127.5 - 1)
+        torch.testing.assert_close(x["x_g"], x_g.clamp(-1, 1), atol=1.2 / 255, rtol=0)
+        levels = (x["x_g"] + 1) * 127.5
+        torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+    a, b = (load_checkpoint(run.parent / name / "selfens/tgcf_da/last.pt", "") for name in ("repaint", "again"))
+    assert [weights_digest(a[part]) == weights_digest(b[part]) for part in ("student", "teacher")] == [True, True]
+
+
+def test_repainting_needs_a_translator(made, tmp_path):
+    """Ready images of another tool cannot be painted anew, and G must be there."""
+    config, run = made
+    keys = ["selfens.repaint=true", "selfens.variant=tgcf_da"]
+    with pytest.raises(UserError, match="train_gan.py with this config first"):
+        call(config, "train_selfens", f"output={tmp_path}", *keys)
+    for image in (run / "augmented/style0").rglob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(UserError, match="selfens.repaint=true: augment.method=folder has no translator"):
+        call(config, "train_selfens", f"output={tmp_path}", *keys, "augment.method=folder", f"augment.folder={tmp_path}",
+             "augment.styles_per_image=1")
+
+
+def test_content_is_read_by_fseg_and_drawn_by_both_stages(made, monkeypatch, capsys):
+    """class_shares is the mean of f_seg's softmax over target images; source images are drawn by it, Target Only's are not."""
+    import train_gan
+    import train_selfens
+    from evaluate import class_shares, load_fseg
+    from runtime import load_config
+
+    config, run = made
+    cfg = load_config(str(config), [f"output={run.parent}"])
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    f_seg, digest = load_fseg(run / "gan/fseg/last.pt", source.classes, "cpu")
+    shares = class_shares(f_seg, target, 2, torch.device("cpu"), "float32")
+    with torch.no_grad():
+        z = f_seg(torch.stack([target.image(i) for i in range(len(target))]) / 127.5 - 1).double().numpy()
+    np.testing.assert_allclose(shares, softmax(z).mean((0, 2, 3)), rtol=1e-4)
+    expected, drawn = datasets.images_like(source, shares, 0.5), []
+    assert expected.std() > 0
+    for module in (train_gan, train_selfens):
+        monkeypatch.setattr(module, "Batches", lambda *args, weights=None, **keys: (
+            drawn.append(weights), Batches(*args, weights=weights, **keys))[1])
+    (run.parent / "content").mkdir()
+    keys = ["name=content", "gan.content=0.5", "selfens.content=0.5"]
+    with pytest.raises(UserError, match="selfens.content reads the target by f_seg: run train_gan.py"):
+        call(config, "train_selfens", *keys, "selfens.variant=source_only")
+    call(config, "train_gan", *keys)
+    assert [weights is None for weights in drawn] == [True, False]  # f_seg's and the GAN's
+    call(config, "train_selfens", *keys, "selfens.variant=source_only")
+    for weights in drawn[1:]:
+        np.testing.assert_allclose(weights, expected, rtol=0.05)
+    call(config, "train_selfens", *keys, "selfens.variant=target_only")
+    assert drawn[-2:] == [None, None]
+    state = load_checkpoint(run.parent / "content/selfens/source_only/last.pt", "")
+    assert state["data"]["f_seg"] == digest and state["data"]["target train"] == target.digest
+    assert "selfens: content, source / target as f_seg reads it / source as drawn: " in capsys.readouterr().out
+
+
 def test_source_only_can_be_normalised_by_target_images(made):
     """statistics=target re-estimates them for a variant that never sees a target image; its weights stay the same."""
     config, run = made
@@ -343,7 +486,8 @@ def test_all_of_it_together_trains_and_resumes(made):
     config, run = made
     on = ["name=plus", "fseg.sup_balance=0.5", "fseg.rare=0.2", "gan.rare=0.2", "gan.lambda_style=1", "gan.lambda_rec=1",
           "gan.warmup_lr=1e-3", "gan.spectral_norm=false", "selfens.pretrained=fseg", "selfens.con_confidence=0.2",
-          "selfens.con_balance=0.5", "selfens.jitter=0.5", "selfens.sup_balance=0.5", "selfens.rare=0.2"]  # fmt: skip
+          "selfens.con_balance=0.5", "selfens.jitter=0.5", "selfens.sup_balance=0.5", "selfens.rare=0.2",
+          "gan.content=0.5", "selfens.content=0.5", "selfens.repaint=true"]  # fmt: skip
     for name in ("train_gan", "augment", "train_selfens", "evaluate"):
         call(config, name, *on)
     line = json.loads((run.parent / "plus/gan/log.jsonl").read_text().splitlines()[-1])
