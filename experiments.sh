@@ -44,6 +44,9 @@ rows() {
   echo "idd-add-jitter-0|source_only tgcf_da_se|$idd selfens.jitter=0.5|images idd-0"
   echo "idd-add-con-balance-0|tgcf_da_se|$idd selfens.con_balance=0.5|images idd-0"
   echo "idd-add-con-confidence-0|tgcf_da_se|$idd selfens.con_confidence=0.9|images idd-0"
+  echo "idd-add-content-0|source_only tgcf_da_se|$idd selfens.content=0.3|images idd-0"
+  echo "idd-add-repaint-0|tgcf_da_se|$idd selfens.repaint=true|images idd-0"
+  echo "carla-content-0|source_only tgcf_da_se|$carla selfens.content=0.1|images carla-0"
   echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # ablations
@@ -102,7 +105,8 @@ images() {
 run_row() {
   local run=$1 variants keys V
   variants=$(row_of "$run" | cut -d'|' -f2) keys=$(arguments "$run")
-  if [[ $keys == *pretrained=fseg* || $keys == *_plus.yaml* || -z $variants ]]; then gan "$run" || return; fi  # f_seg's trunk
+  # f_seg's trunk, or its reading of the target
+  if [[ $keys == *pretrained=fseg* || $keys == *content=* || $keys == *_plus.yaml* || -z $variants ]]; then gan "$run" || return; fi
   for V in $variants; do
     if [[ $V == tgcf_* ]]; then images "$run" || return; fi
     stage "$run" "train-$V" train_selfens.py $keys selfens.variant=$V &&
