@@ -13,6 +13,7 @@
 set -u
 cd "$(dirname "$0")" || exit
 idd=configs/idd_camvid.yaml carla=configs/carla_camvid.yaml
+balanced="fseg.sup_balance=0.5 fseg.rare=0.05 gan.lambda_rec=5 selfens.pretrained=fseg selfens.sup_balance=0.5 selfens.con_balance=0.5 selfens.rare=0.05"
 five="source_only self_ensembling tgcf_da tgcf_da_se target_only"
 
 # run folder (NAME-SEED) | variants | config and keys | run whose generator is taken (gan) or whose images too (images)
@@ -34,7 +35,7 @@ rows() {
   echo "carla-statistics-target-0|source_only|$carla selfens.statistics=target"
   for S in 0 1 2; do
     echo "carla-labelled-$S|self_ensembling tgcf_da_se|$carla selfens.statistics=labelled|images carla-$S"
-    echo "carla-plus-labelled-$S|tgcf_da_se|configs/carla_camvid_plus.yaml selfens.statistics=labelled|images carla-plus-$S"
+    echo "carla-plus-labelled-$S|self_ensembling tgcf_da_se|configs/carla_camvid_plus.yaml selfens.statistics=labelled|images carla-plus-$S"
   done
   echo "idd-no-batch-norm-0|source_only self_ensembling|$idd selfens.batch_norm=false"
   # one by one what idd_camvid_plus.yaml adds, and what was tried beside it
@@ -46,6 +47,11 @@ rows() {
   echo "idd-add-con-confidence-0|tgcf_da_se|$idd selfens.con_confidence=0.9|images idd-0"
   echo "idd-add-content-0|source_only tgcf_da_se|$idd selfens.content=0.3|images idd-0"
   echo "idd-add-repaint-0|tgcf_da_se|$idd selfens.repaint=true|images idd-0"
+  echo "carla-fseg-no-jitter-0|tgcf_da tgcf_da_se|$carla fseg.jitter=0"
+  echo "carla-no-batch-norm-0|source_only self_ensembling tgcf_da_se target_only|$carla selfens.batch_norm=false|images carla-0"
+  # what idd_camvid_plus.yaml adds, on CARLA
+  echo "carla-balanced-0|source_only tgcf_da tgcf_da_se target_only|$carla $balanced"
+  echo "carla-balanced-labelled-0|tgcf_da_se|$carla $balanced selfens.statistics=labelled|images carla-balanced-0"
   echo "carla-content-0|source_only tgcf_da_se|$carla selfens.content=0.1|images carla-0"
   echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
