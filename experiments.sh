@@ -48,7 +48,10 @@ rows() {
   echo "idd-add-content-0|source_only tgcf_da_se|$idd selfens.content=0.3|images idd-0"
   echo "idd-add-repaint-0|tgcf_da_se|$idd selfens.repaint=true|images idd-0"
   echo "carla-fseg-no-jitter-0|tgcf_da tgcf_da_se|$carla fseg.jitter=0"
-  echo "carla-no-batch-norm-0|source_only self_ensembling tgcf_da_se target_only|$carla selfens.batch_norm=false|images carla-0"
+  echo "carla-no-batch-norm-0|source_only tgcf_da_se target_only|$carla selfens.batch_norm=false|images carla-0"
+  echo "carla-jitter-0|source_only tgcf_da_se|$carla selfens.jitter=1 selfens.pretrained=fseg|images carla-0"
+  echo "carla-jitter-labelled-0|tgcf_da_se|$carla selfens.jitter=1 selfens.pretrained=fseg selfens.statistics=labelled|images carla-0"
+  echo "carla-zoom-0|source_only|$carla source.size=[216,288] selfens.crop=[144,192]"
   # what idd_camvid_plus.yaml adds, on CARLA
   echo "carla-balanced-0|source_only tgcf_da tgcf_da_se target_only|$carla $balanced"
   echo "carla-balanced-labelled-0|tgcf_da_se|$carla $balanced selfens.statistics=labelled|images carla-balanced-0"
