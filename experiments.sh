@@ -35,7 +35,7 @@ rows() {
   echo "carla-statistics-target-0|source_only|$carla selfens.statistics=target"
   for S in 0 1 2; do
     echo "carla-labelled-$S|self_ensembling tgcf_da_se|$carla selfens.statistics=labelled|images carla-$S"
-    echo "carla-plus-labelled-$S|self_ensembling tgcf_da_se|configs/carla_camvid_plus.yaml selfens.statistics=labelled|images carla-plus-$S"
+    echo "carla-plus-labelled-$S|tgcf_da_se|configs/carla_camvid_plus.yaml selfens.statistics=labelled|images carla-plus-$S"
   done
   echo "idd-no-batch-norm-0|source_only self_ensembling|$idd selfens.batch_norm=false"
   # one by one what idd_camvid_plus.yaml adds, and what was tried beside it
