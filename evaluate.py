@@ -304,7 +304,7 @@ def table(folders: list[str]) -> None:
             cells.append(f"{np.mean(values):>8.2f} ±{spread:>5}" if values else f"{'absent':>14}")
         low, high = (np.mean(e) for e in ends) if ends else (0, 0)
         closed = 100 * (np.mean(means(key)) - low) / (high - low) if high > low and means(key) else None
-        cells.insert(1, f"{'' if closed is None else f'{closed:.0f}':>6}")
+        cells.insert(1, f"{'' if closed is None else round(closed):>6}")
         for name in names:
             ious = [r["per_class"][name] for r in rows[key] if r["per_class"][name] is not None]
             cells.append(f"{100 * np.mean(ious):>11.2f}" if ious else f"{'absent':>11}")
