@@ -24,11 +24,15 @@ rows() {
   for S in 0 1 2; do echo "carla-$S|$five|$carla"; done
   for S in 0 1 2; do echo "idd-plus-$S|$five|configs/idd_camvid_plus.yaml selfens.snapshot_every=100 sheet_every=200"; done
   for S in 0 1 2; do echo "carla-plus-$S|$five|configs/carla_camvid_plus.yaml"; done
+  # three times as many student updates
+  echo "idd-long-0|$five|$idd selfens.steps=3000|images idd-0"
   # other translators
   for method in reinhard fda; do
     for S in 0 1 2; do echo "idd-$method-$S|tgcf_da tgcf_da_se|$idd augment.method=$method"; done
     for S in 0 1 2; do echo "streets-$method-$S|tgcf_da tgcf_da_se|cfg.yaml augment.method=$method"; done
   done
+  # a tool that is not ours: scikit-image, which requirements.txt does not have
+  echo "idd-folder-0|tgcf_da tgcf_da_se|$idd augment.method=folder augment.folder=runs/idd-folder-0/translated"
   # what batch norm's statistics do
   echo "idd-statistics-target-0|source_only|$idd selfens.statistics=target"
   echo "idd-statistics-all-0|self_ensembling|$idd selfens.statistics=all"
@@ -107,6 +111,9 @@ images() {
   from=$(row_of "$1" | cut -d'|' -f4)
   if [[ $from == images* ]]; then images "${from#* }" && gan "$1" && borrow "$1" augmented "${from#* }"; return; fi
   judge=${1%%-*}-judge-100
+  if [[ $(arguments "$1") == *augment.folder=* ]]; then
+    stage "$1" translate tests/match_histograms.py $(arguments "$1") --out "runs/$1/translated" || return
+  fi
   { [[ $(arguments "$1") == *augment.method=* ]] || gan "$1"; } && stage "$1" augment augment.py $(arguments "$1") &&
     gan "$judge" && stage "$1" judge evaluate.py $(arguments "$1") --augmented "runs/$judge/gan/fseg/last.pt"
 }
