@@ -24,8 +24,9 @@ rows() {
   for S in 0 1 2; do echo "carla-$S|$five|$carla"; done
   for S in 0 1 2; do echo "idd-plus-$S|$five|configs/idd_camvid_plus.yaml selfens.snapshot_every=100 sheet_every=200"; done
   for S in 0 1 2; do echo "carla-plus-$S|$five|configs/carla_camvid_plus.yaml"; done
-  # three times as many student updates
+  # three times as many student updates, and f_seg's as well
   echo "idd-long-0|$five|$idd selfens.steps=3000|images idd-0"
+  echo "idd-long-fseg-0|tgcf_da tgcf_da_se|$idd selfens.steps=3000 fseg.steps=2400"
   # other translators
   for method in reinhard fda; do
     for S in 0 1 2; do echo "idd-$method-$S|tgcf_da tgcf_da_se|$idd augment.method=$method"; done
