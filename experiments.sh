@@ -64,7 +64,7 @@ rows() {
   echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # ablations
-  for v in 0 1 10 30; do echo "idd-lambda-sem-$v-0|tgcf_da_se|$idd gan.lambda_sem=$v fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"; done
+  for v in 0 1 10 30; do echo "idd-lambda-sem-$v-0|tgcf_da tgcf_da_se|$idd gan.lambda_sem=$v fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"; done
   for v in 0 1 10 30; do echo "idd-delta-con-$v-0|tgcf_da_se|$idd selfens.delta_con=$v|images idd-0"; done
   echo "idd-se-delta-con-0-0|self_ensembling|$idd selfens.delta_con=0"
   for v in 0.9 0.999; do echo "idd-ema-$v-0|tgcf_da_se|$idd selfens.ema_decay=$v|images idd-0"; done
@@ -73,6 +73,13 @@ rows() {
   echo "idd-fseg-no-jitter-0|tgcf_da_se|$idd fseg.jitter=0"
   echo "idd-no-spectral-norm-0|tgcf_da_se|$idd gan.spectral_norm=false fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   for v in 1 4; do echo "idd-styles-$v-0|tgcf_da_se|$idd augment.styles_per_image=$v|gan idd-0"; done
+  # the main ones on the other pairs
+  for v in 0 1 10 30; do echo "streets-lambda-sem-$v-0|tgcf_da tgcf_da_se|cfg.yaml gan.lambda_sem=$v fseg.checkpoint=runs/streets-0/gan/fseg/last.pt"; done
+  for v in 0 1 10 30; do echo "streets-delta-con-$v-0|tgcf_da_se|cfg.yaml selfens.delta_con=$v|images streets-0"; done
+  echo "streets-fseg-no-jitter-0|tgcf_da tgcf_da_se|cfg.yaml fseg.jitter=0"
+  for v in 0 10; do echo "carla-lambda-sem-$v-0|tgcf_da tgcf_da_se|$carla gan.lambda_sem=$v fseg.checkpoint=runs/carla-0/gan/fseg/last.pt"; done
+  echo "carla-delta-con-0-0|tgcf_da_se|$carla selfens.delta_con=0|images carla-0"
+  for method in reinhard fda; do echo "carla-$method-0|tgcf_da tgcf_da_se|$carla augment.method=$method"; done
   # f_seg of another seed, which says whether augmented images keep their labels
   echo "streets-judge-100||cfg.yaml gan.steps=0"
   echo "idd-judge-100||$idd gan.steps=0"
