@@ -27,6 +27,8 @@ rows() {
   # three times as many student updates, and f_seg's as well
   echo "idd-long-0|$five|$idd selfens.steps=3000|images idd-0"
   echo "idd-long-fseg-0|tgcf_da tgcf_da_se|$idd selfens.steps=3000 fseg.steps=2400"
+  # four times as many steps of the GAN
+  echo "idd-long-gan-0|tgcf_da tgcf_da_se|$idd gan.steps=6000 gan.warmup_steps=1500 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # other translators
   for method in reinhard fda; do
     for S in 0 1 2; do echo "idd-$method-$S|tgcf_da tgcf_da_se|$idd augment.method=$method"; done
