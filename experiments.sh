@@ -63,6 +63,11 @@ rows() {
   echo "carla-balanced-0|source_only tgcf_da tgcf_da_se target_only|$carla $balanced"
   echo "carla-balanced-labelled-0|tgcf_da_se|$carla $balanced selfens.statistics=labelled|images carla-balanced-0"
   echo "carla-content-0|source_only tgcf_da_se|$carla selfens.content=0.1|images carla-0"
+  # on top of carla_camvid_plus.yaml: f_seg's trunk, and batch norm's statistics from labelled images
+  for S in 0 1 2; do
+    echo "carla-plus-trunk-$S|$five|configs/carla_camvid_plus.yaml selfens.pretrained=fseg|images carla-plus-$S"
+    echo "carla-plus-trunk-labelled-$S|self_ensembling tgcf_da_se|configs/carla_camvid_plus.yaml selfens.pretrained=fseg selfens.statistics=labelled|images carla-plus-$S"
+  done
   echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # ablations
