@@ -14,6 +14,7 @@ set -u
 cd "$(dirname "$0")" || exit
 idd=configs/idd_camvid.yaml carla=configs/carla_camvid.yaml
 balanced="fseg.sup_balance=0.5 fseg.rare=0.05 gan.lambda_rec=5 selfens.pretrained=fseg selfens.sup_balance=0.5 selfens.con_balance=0.5 selfens.rare=0.05"
+trunk="configs/carla_camvid_plus.yaml selfens.pretrained=fseg"
 five="source_only self_ensembling tgcf_da tgcf_da_se target_only"
 
 # run folder (NAME-SEED) | variants | config and keys | run whose generator is taken (gan) or whose images too (images)
@@ -65,9 +66,14 @@ rows() {
   echo "carla-content-0|source_only tgcf_da_se|$carla selfens.content=0.1|images carla-0"
   # on top of carla_camvid_plus.yaml: f_seg's trunk, and batch norm's statistics from labelled images
   for S in 0 1 2; do
-    echo "carla-plus-trunk-$S|$five|configs/carla_camvid_plus.yaml selfens.pretrained=fseg|images carla-plus-$S"
-    echo "carla-plus-trunk-labelled-$S|self_ensembling tgcf_da_se|configs/carla_camvid_plus.yaml selfens.pretrained=fseg selfens.statistics=labelled|images carla-plus-$S"
+    echo "carla-plus-trunk-$S|$five|$trunk|images carla-plus-$S"
+    echo "carla-plus-trunk-labelled-$S|self_ensembling tgcf_da_se|$trunk selfens.statistics=labelled|images carla-plus-$S"
   done
+  echo "carla-plus-trunk-labelled-confidence-0|tgcf_da_se|$trunk selfens.statistics=labelled selfens.con_confidence=0.9|images carla-plus-0"
+  echo "carla-plus-trunk-labelled-balance-0|tgcf_da_se|$trunk selfens.statistics=labelled selfens.con_balance=0.5|images carla-plus-0"
+  echo "carla-plus-trunk-labelled-jitter-0|tgcf_da tgcf_da_se|$trunk selfens.statistics=labelled selfens.jitter=0.3|images carla-plus-0"
+  echo "carla-plus-trunk-long-0|source_only tgcf_da|$trunk selfens.steps=3000|images carla-plus-0"
+  echo "carla-plus-trunk-labelled-long-0|tgcf_da_se|$trunk selfens.statistics=labelled selfens.steps=3000|images carla-plus-0"
   echo "idd-add-rec-0|tgcf_da_se|$idd gan.lambda_rec=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   echo "idd-add-style-0|tgcf_da_se|$idd gan.lambda_style=5 fseg.checkpoint=runs/idd-0/gan/fseg/last.pt"
   # ablations
