@@ -68,8 +68,8 @@ rows() {
   for S in 0 1 2; do
     echo "carla-plus-trunk-$S|$five|$trunk|images carla-plus-$S"
     echo "carla-plus-trunk-labelled-$S|self_ensembling tgcf_da_se|$trunk selfens.statistics=labelled|images carla-plus-$S"
+    echo "carla-plus-trunk-labelled-confidence-$S|self_ensembling tgcf_da_se|$trunk selfens.statistics=labelled selfens.con_confidence=0.9|images carla-plus-$S"
   done
-  echo "carla-plus-trunk-labelled-confidence-0|tgcf_da_se|$trunk selfens.statistics=labelled selfens.con_confidence=0.9|images carla-plus-0"
   echo "carla-plus-trunk-labelled-balance-0|tgcf_da_se|$trunk selfens.statistics=labelled selfens.con_balance=0.5|images carla-plus-0"
   echo "carla-plus-trunk-labelled-jitter-0|tgcf_da tgcf_da_se|$trunk selfens.statistics=labelled selfens.jitter=0.3|images carla-plus-0"
   echo "carla-plus-trunk-long-0|source_only tgcf_da|$trunk selfens.steps=3000|images carla-plus-0"
