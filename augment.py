@@ -1,115 +1,48 @@
 """Stage 2: repaints every source image with the trained generator, each with a randomly drawn target image as guide.
 
-Reads OUTPUT/NAME/gan/last.pt, the source's images and the target's images; writes OUTPUT/NAME/augmented/styleK/NAME.png
-under the source image's name, and augmented/manifest.jsonl with one line per image: file, names of the source image (whose
-label is its label, too) and of the style guide, generator digest, seed. Run again, it makes what is missing and nothing else.
-
     python augment.py
     python augment.py configs/carla_camvid.yaml augment.styles_per_image=2
+    python augment.py --restart                                begin anew; the old folder is kept aside
+    python augment.py CFG --judge JUDGE.pt                     do the images keep their labels and follow their guides?
 
-In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour statistics of the
-guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other tool has translated.
+Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes OUTPUT/NAME/augmented/styleK/NAME.png under
+the source image's name (whose label is its label, too), and augmented/manifest.jsonl, which names each image's source
+and guide. Run again, it makes what is missing and nothing else.
+
+In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour statistics of
+the guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other tool has translated.
 
     python augment.py name=fda augment.method=fda augment.fda_beta=0.01
     python augment.py name=cyclegan augment.method=folder augment.folder=DIR augment.styles_per_image=1
+
+JUDGE.pt is an f_seg of another seed than the one that G was trained with, the last.pt of a gan/fseg folder.
 """
 
 import hashlib
 import json
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from datasets import SUFFIXES, Augmented, Scenes, links_out, read_image, to_float
-from models import build_generator
 from runtime import (
-    THREADS, Run, UserError, atomic_write, autocast, command_line, gather, get_device, load_checkpoint, load_weights,
-    make_folder, make_sheet, prefetch, random_generator, rank, refuse_changes, refuse_data, run_main, shown, stage_config,
-    to_uint8, weights_digest, world, write_json, writing,
+    Run, UserError, all_reduce, atomic_write, autocast, command_line, get_device, get_precision, make_sheet,
+    random_generator, rank, read_json, refuse_changes, run_main, stage_config, to_uint8, weights_digest, world,
+    write_json,
 )  # fmt: skip
 
+# isort: split
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from datasets import SUFFIXES, Augmented, Scenes, planned_files, read_image, resized, to_float
+from losses import IGNORE, correlation, style_statistics
+from models import load_fseg, load_generator
+
 SECTIONS = ("", "source", "target", "augment")
-ANEW = "python augment.py --restart with this config begins anew"
 
-
-def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
-    """The file of source image i in style s is at position s * len(source) + i."""
-    return [folder / f"style{s}" / f"{sample.name}.png" for s in range(styles) for sample in source.samples]
-
-
-def open_augmented(cfg, source: Scenes) -> Augmented:
-    """The finished augmented images, for stage 3. Raises UserError where they are missing, incomplete or of another config."""
-    folder = Path(cfg.output, cfg.name, "augmented")
-    identity = read_identity(folder / "identity.json")
-    if identity is None:
-        raise UserError(f"{folder}: no augmented images; run python augment.py with this config first")
-    refuse_changes(identity["config"], stage_config(cfg, SECTIONS), folder)
-    refuse_data(identity["data"], {"source train": source.digest}, folder)
-    files = planned_files(folder, source, cfg.augment.styles_per_image)
-    done = read_manifest(folder, identity["generator"])
-    missing = [file for file in files if file.relative_to(folder).as_posix() not in done or not file.is_file()]
-    if missing:
-        raise UserError(f"{missing[0]}: augmented image missing ({len(missing)} of {len(files)}); run augment.py again")
-    return Augmented(source, files, identity["generator"], folder)
-
-
-def read_identity(path: Path) -> dict | None:
-    """identity.json: {generator: digest, config: {key: value}, data: {name: digest}}; None where there is no such file.
-
-    Raises UserError for any other content.
-    """
-    try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
-        if [type(identity[k]) for k in ("generator", "config", "data")] == [str, dict, dict]:
-            return identity
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise UserError(f"{path}: not what augment.py writes there; {ANEW}")
-
-
-def read_manifest(folder: Path, generator: str) -> dict:
-    """{file: line} of manifest.jsonl. A torn line counts as not written.
-
-    Raises UserError for a line of another generator or of other content, for a file that is not below the folder, and
-    where a link in the folder leads out of it. (The folder itself may be one.)
-    """
-    path, done = folder / "manifest.jsonl", {}
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 0) or error}); {ANEW}") from None
-    for n, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        except RecursionError:
-            line = None
-        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in ("file", "generator")):
-            raise UserError(f"{path}: line {n} is not one of augment.py's; {ANEW}")
-        file = Path(line["file"])
-        if file.is_absolute() or ".." in file.parts or "\0" in line["file"]:
-            raise UserError(f"{path}: line {n}: {shown(line['file'])} is not below {folder}; {ANEW}")
-        if line["generator"] != generator:
-            raise UserError(f"{path}: {shown(line['file'])} was made by generator {shown(line['generator'])}, not {generator}; "
-                            "move the folder away or choose another 'name'")
-        done[line["file"]] = line
-    inside = (os.path.join(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files))
-    for link, real in links_out(inside, folder).items():
-        raise UserError(f"{link}: leads to {real}, outside {folder}; remove the link")
-    return done
-
-
-# ------------------------------------------------------------------------------------- translators that are not trained
+# --------------------------------------------------------------------------------- translators that are not trained
 
 # Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS, logarithm, -> l alpha beta.
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]], dtype=torch.float64)
@@ -132,11 +65,11 @@ def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
 def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
     """Fourier domain adaptation (Yang & Soatto 2020): x_s with the low frequencies' amplitudes of x_t, phases kept.
 
-    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of frequencies reaches
-    floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
+    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of frequencies
+    reaches floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
     """
     if x_t.shape != x_s.shape:
-        x_t = torch.nn.functional.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
+        x_t = F.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
     s, t = (torch.fft.fftshift(torch.fft.fft2(x.double() + 1), dim=(-2, -1)) for x in (x_s, x_t))
     h, w, b = s.shape[-2] // 2, s.shape[-1] // 2, int(beta * min(s.shape[-2:]))
     block = (..., slice(max(0, h - b), h + b + 1), slice(max(0, w - b), w + b + 1))
@@ -148,25 +81,24 @@ def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
 
 def ready_images(cfg, source: Scenes) -> list[Path]:
     """`augment.folder`'s file for each image, in the order of `planned_files`. Raises UserError where one is missing."""
-    if cfg.augment.folder is None or not Path(cfg.augment.folder).is_dir():
-        raise UserError(f"augment.folder={cfg.augment.folder}: no such folder; set it to where the translated images lie")
-    root, styles = Path(cfg.augment.folder), cfg.augment.styles_per_image
-    stems = [root / (f"style{s}" if styles > 1 else "") / sample.name for s in range(styles) for sample in source.samples]
-    found = [next((p for p in (stem.with_name(stem.name + end) for end in SUFFIXES) if p.is_file()), None) for stem in stems]
-    if None in found:
-        raise UserError(f"{stems[found.index(None)]}.png: no such translated image ({found.count(None)} of {len(stems)} are "
-                        "missing); each has the name of its source image")
-    for link, real in links_out(map(str, found), root).items():
-        raise UserError(f"{link}: leads to {real}, outside {root}; copy the file there")
+    root, styles, found = Path(cfg.augment.folder), cfg.augment.styles_per_image, []
+    if not cfg.augment.folder or not root.is_dir():
+        raise UserError(f"augment.folder={cfg.augment.folder}: no such folder; set it to where the images lie")
+    for path in planned_files(root, source, styles):
+        path = path if styles > 1 else root / path.relative_to(root / "style0")
+        there = [p for p in (path.with_suffix(end) for end in SUFFIXES) if p.is_file()]
+        if not there:
+            raise UserError(f"{path}: no such translated image; each has the name of its source image")
+        found.append(there[0])
     return found
 
 
-def build_translator(cfg, source: Scenes, data: dict):
+def build_translator(cfg, source: Scenes, data: dict, device):
     """(translate, ready, digest): `augment.method` as a function, and what tells its images from others'.
 
-    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] on the device -> (N, 3, H, W); ready: for `folder`, the files that
-    take the place of the source images, else None. data: digests of what a generator must have been trained on.
-    Raises UserError where a generator is not trained to its end, or was trained with another config or other data.
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files that take the
+    place of the source images, else None; data: digests of what a generator must have been trained on. Raises
+    UserError where a generator is not trained to its end, or was trained with another config or other data.
     """
     method = cfg.augment.method
     if method == "reinhard":
@@ -177,112 +109,118 @@ def build_translator(cfg, source: Scenes, data: dict):
         ready = ready_images(cfg, source)
         sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()[:16]
         return (lambda x_s, x_t: x_s), ready, f"folder {sizes}"
-    checkpoint = Path(cfg.output, cfg.name, "gan", "last.pt")
-    state = load_checkpoint(checkpoint, "run train_gan.py with this config first; it continues what was stopped", ("G",))
-    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), checkpoint)
-    refuse_data(state.get("data"), data, checkpoint)
-    if state["step"] < cfg.gan.steps:
-        raise UserError(f"{checkpoint}: training stopped at step {state['step']} of {cfg.gan.steps}; run train_gan.py again, "
-                        "it continues")
-    G = build_generator(cfg)
-    load_weights(G, state["G"], checkpoint)
-    return G.to(get_device(cfg), memory_format=torch.channels_last).eval(), None, weights_digest(state["G"])
+    path = Path(cfg.output, cfg.name, "gan", "last.pt")
+    G, state = load_generator(path, device)
+    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), path)
+    refuse_changes(state.get("data", {}), data, path)
+    if state["step"] < cfg.gan.steps or not state["step"]:
+        raise UserError(f"{path}: G's training is at step {state['step']} of {cfg.gan.steps}; run train_gan.py again")
+    return G, None, weights_digest(state["G"])
+
+
+# ------------------------------------------------------------------------------------------------------- repaint
+
+
+def repaint(run: Run, translate, read, files: list[Path], batches: list[range]) -> None:
+    """Makes the images of these batches. read(i): (content, guide), (3, H, W) uint8 each, of image i."""
+    for batch in batches:
+        contents, guides = zip(*map(read, batch), strict=True)
+        x_s, x_t = (to_float(torch.stack(x), run.device) for x in (contents, guides))
+        with torch.inference_mode(), autocast(run.device, run.precision):
+            x_g = translate(x_s, x_t)
+        for i, x in zip(batch, x_g, strict=True):
+            atomic_write(files[i], lambda file, x=x: Image.fromarray(to_uint8(x)).save(file, "PNG"))
+        run.bar.update()
+        run.stop_if_asked()
 
 
 def main() -> None:
-    def arguments(parser):
-        parser.add_argument("--restart", action="store_true", help="begin anew; the old folder is kept aside")
-
-    cfg, args = command_line(__doc__, (*SECTIONS, "gan"), arguments)
+    cfg, args = command_line(("--restart", {"action": "store_true"}), ("--judge", {"metavar": "JUDGE.pt"}))
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    if args.judge:
+        return judge(cfg, args.judge, source, target)
     data = {"source train": source.digest, "target train": target.digest}
-    translate, ready, generator = build_translator(cfg, source, data)
+    size, n = cfg.inference_batch, len(source)
+    run = Run(cfg, "augmented", SECTIONS, {}, -(-n * cfg.augment.styles_per_image // size), args.restart)
+    translate, ready, generator = build_translator(cfg, source, data, run.device)
 
     # Images of another generator, config or other data must not mix with this one's.
-    folder = Path(cfg.output, cfg.name, "augmented")
-    run = Run(cfg, "augment", folder, SECTIONS, restart=args.restart)
-    identity_file = folder / "identity.json"
-    identity = {"generator": generator, "config": run.config, "data": data}
-    if then := read_identity(identity_file):
-        refuse_changes(then["config"] | {"generator": then["generator"]}, run.config | {"generator": generator}, folder)
-        refuse_data(then["data"], data, folder)
-    files = planned_files(folder, source, cfg.augment.styles_per_image)
-    foreign = {*folder.glob("style*/**/*.png")} - {*files}
-    if foreign:
-        raise UserError(f"{min(foreign)}: does not belong to this run ({len(foreign)} such images); use --restart")
-
-    # Whole batches are made again where one image of them is missing, so that each batch, and with it every bit, is
-    # the same whether the run was interrupted or not.
-    done = read_manifest(folder, generator)
-    size, n = cfg.augment.batch, len(source)
-    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
-    todo = [b for b, some in enumerate(batches, 1)
-            if any(files[i].relative_to(folder).as_posix() not in done or not files[i].is_file() for i in some)]
-    todo = gather(todo)[0]  # nobody begins before all have looked
+    path, identity = run.folder / "identity.json", {"generator": generator, "config": run.config} | data
+    if path.exists():
+        then = read_json(path, {"generator": str, "config": dict}, "use --restart to make the images anew")
+        refuse_changes(then, {"generator": generator} | data, run.folder)
+        refuse_changes(then["config"], stage_config(cfg, SECTIONS), run.folder)
+    files = planned_files(run.folder, source, cfg.augment.styles_per_image)
     guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in range(len(files))]
-    sheet_file = folder / "sheets" / f"augmented-{len(batches):07d}.png"
-    if not todo and sheet_file.exists():
-        print(f"augment: {len(files)} images are there, made by generator {generator}; nothing to do")
-        return
+    # A batch of which an image is missing is made again as a whole: its bits do not depend on what was there.
+    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
+    todo = [batch for batch in batches if not all(files[i].exists() for i in batch)]
+    all_reduce(torch.zeros(1))  # no process begins before all have looked
+    if not todo and path.exists():
+        return print(f"augment: {len(files)} images of generator {generator} are there; nothing to do")
+    run.begin()
     if rank() == 0:
-        make_folder(folder)
-        write_json(identity_file, identity)
-        # A line that was torn when the disk filled up or the power went must not swallow the next one.
-        lines = "".join(json.dumps(line) + "\n" for line in done.values())
-        atomic_write(folder / "manifest.jsonl", lambda file: file.write(lines.encode()))
-    print(f"augment: {len(files)} images of generator {generator}, {len(todo)} batches of {size} to make")
-
-    def write(file, image):
-        make_folder(file.parent)
-        atomic_write(file, lambda out: Image.fromarray(image).save(out, "PNG"))
+        write_json(path, identity)
+        lines = [json.dumps({"file": f.relative_to(run.folder).as_posix(), "source": source.samples[i % n].name,
+                             "style": target.samples[guides[i]].name}) + "\n" for i, f in enumerate(files)]
+        atomic_write(run.folder / "manifest.jsonl", lambda file: file.write("".join(lines).encode()))
 
     def read(i):
-        if ready:  # in place of the source image
-            image = read_image(str(ready[i])).resize(source.size[::-1], Image.BILINEAR)
-            return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), target.image(guides[i])
-        return source.image(i % n), target.image(guides[i])
+        content = resized(read_image(str(ready[i])), source.size) if ready else source.image(i % n)
+        return content, target.image(guides[i])
 
-    # Several processes take turns, batch by batch. One that has none in the last round takes part with nothing in hand.
-    own = todo[rank() :: world()] + [None] * (len(todo) % world() > 0 and rank() >= len(todo) % world())
-
-    def read_batches():  # two batches ahead of the generator
-        ready = prefetch((i for b in own if b for i in batches[b - 1]), read, 2 * size, THREADS)
-        for b in own:
-            yield (b, *map(torch.stack, zip(*islice(ready, len(batches[b - 1])), strict=True))) if b else (b, None, None)
-
-    def finish(b, written, mean):
-        for one in written:
-            one.result()
-        # The manifest comes last: what it lists is there and logged.
-        for number, value in [one for one in gather((b, mean)) if one[0]]:
-            some = batches[number - 1]
-            run.log(number, images=len(some), mean=value)
-            lines = [json.dumps({
-                "file": name, "source": source.samples[i % n].name, "style": target.samples[guides[i]].name,
-                "generator": generator, "seed": cfg.seed,
-            }) + "\n" for i in some if (name := files[i].relative_to(folder).as_posix()) not in done]  # fmt: skip
-            if rank() == 0:
-                with writing(folder / "manifest.jsonl"), open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-                    manifest.write("".join(lines))
-
-    # A batch is written while the next one is generated, and finished, in order, before the one after that.
-    unfinished = deque()
-    with ThreadPoolExecutor() as pool:
-        for step, (b, x_s, x_t) in run.progress(read_batches(), len(own), "augment", redo={*todo}):
-            x_g = []
-            if b:
-                with torch.inference_mode(), autocast(run.device, run.precision):
-                    x_g = [to_uint8(x) for x in translate(to_float(x_s, run.device), to_float(x_t, run.device))]
-            written = [pool.submit(write, files[i], x) for i, x in zip(batches[b - 1] if b else (), x_g, strict=True)]
-            unfinished.append((b, written, np.mean(x_g) / 127.5 - 1 if b else None))
-            while len(unfinished) > (step < len(own)):
-                finish(*unfinished.popleft())
-
+    repaint(run, translate, read, files, todo[rank() :: world()])
+    all_reduce(torch.zeros(1))
     rows = [[source.image(i % n).permute(1, 2, 0).numpy(), np.asarray(read_image(str(files[i]))),
-             target.image(guides[i]).permute(1, 2, 0).numpy()] for i in range(0, min(len(files), 6 * size), size)]
-    run.sheet(len(batches), "augmented", make_sheet(["source", "augmented", "style guide"], rows))
+             target.image(guides[i]).permute(1, 2, 0).numpy()] for i in range(0, len(files), -(-len(files) // 6))]
+    run.sheet(run.steps, "augmented", make_sheet(["source", "augmented", "style guide"], rows))
     run.close()
-    print(f"augment: {folder} is complete; next: python train_selfens.py {' '.join(args.items)}".rstrip())
+    print(f"augment: {len(files)} images in {run.folder}; next: python train_selfens.py {args.items}")
+
+
+# --------------------------------------------------------------------------------------------------------- judge
+
+
+@torch.inference_mode()
+def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
+    """How well repainted images keep their labels and follow their guides, to eval/augmented_METHOD.json and screen.
+
+    agreement: of the pixels that the judge, an f_seg of another seed, reads rightly on the source image, the share
+    that it reads rightly on the repainted one, per class and as their mean; style: mean distance of the style
+    statistics (losses.py) from the guide's, and their correlation with it over all images, beside the source's own.
+    """
+    device = get_device(cfg)
+    f_seg, state = load_fseg(checkpoint, source.classes, device)
+    own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+    if own.is_file() and own.samefile(checkpoint):
+        print(f"attention: G was trained with {checkpoint}; an f_seg of another seed is a fairer judge")
+    augmented, cast = Augmented(cfg, source), autocast(device, get_precision(cfg, device))
+    lines = [json.loads(line) for line in (augmented.folder / "manifest.jsonl").read_text().splitlines()]
+    number, n = {sample.name: i for i, sample in enumerate(target.samples)}, len(source)
+    right, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    styles = {"source": [], "augmented": [], "guide": []}
+    for k in tqdm(range(len(augmented)), "judge", mininterval=1, leave=False):
+        y_s, images = source.label(k % n), (source.image(k % n), augmented.image(k), target.image(number[lines[k]["style"]]))
+        x_s, x_g, x_t = (to_float(x[None], device) for x in images)
+        with cast:
+            hits = [(f_seg(x)[0].argmax(0).cpu() == y_s) & (y_s != IGNORE) for x in (x_s, x_g)]
+        right += np.bincount(y_s[hits[0]], minlength=256)
+        kept += np.bincount(y_s[hits[0] & hits[1]], minlength=256)
+        for name, x in zip(styles, (x_s, x_g, x_t), strict=True):
+            styles[name].append(style_statistics(x).double().cpu())
+    s, g, t = map(torch.cat, styles.values())
+    per_class = {c: float(kept[k] / right[k]) for k, c in enumerate(source.classes) if right[k]}
+    result = {
+        "method": cfg.augment.method, "judge": weights_digest(state["f_seg"]), "images": len(augmented),
+        "agreement": float(kept.sum() / right.sum()), "agreement, mean over classes": float(np.mean([*per_class.values()])),
+        "agreement per class": per_class, "style distance": float((g - t).abs().mean()),
+        "style distance of the source": float((s - t).abs().mean()), "style correlation": correlation(g, t),
+        "style correlation of the source": correlation(s, t), "config": cfg.flat,
+    }  # fmt: skip
+    path = Path(cfg.output, cfg.name, "eval", f"augmented_{cfg.augment.method}.json")
+    write_json(path, result)
+    print("\n".join(f"{key}: {value}" for key, value in result.items() if key != "config"))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

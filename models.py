@@ -5,8 +5,6 @@ themselves. Any H and W are accepted: each network pads at the right and bottom 
 its output again, so that pixel (i, j) of the output always belongs to pixel (i, j) of the input. Up-sampling uses the
 half-pixel convention (align_corners=False): cell i of a map with stride s covers pixels s*i to s*i + s - 1.
 
-    python models.py CFG [--peak TFLOPS] [--share PART]     parameters, FLOPs, memory and estimated hours; runs nothing
-    python models.py CFG --processes 8                      and what so many processes send each other in a step
 """
 
 import os
@@ -14,17 +12,15 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vgg import cfgs, make_layers
 
 from losses import wide
-from runtime import UserError, command_line, load_checkpoint, load_weights, own_part, run_main, whole_batch, world
+from runtime import UserError, load_checkpoint, load_weights, nested
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -37,11 +33,6 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
             edge = x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)
             x = torch.cat([x, edge.contiguous(memory_format=torch.channels_last)], dim)
     return x
-
-
-# ----------------------------------------------------------------------------------------------- several processes
-#
-# What mixes or draws over a batch does so over the whole one, though each process has but a part of it: N processes are one.
 
 
 def dropped(ones: Tensor, p: float) -> Tensor:
@@ -65,34 +56,9 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        ours = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if world() == 1 and not ours:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        kept = dropped(whole_batch(x), self.p) if ours else F.dropout(whole_batch(x).fill_(1), self.p)
-        return x * (kept if world() == 1 else torch.cat([own_part(part) for part in kept.chunk(self.domains)]))
-
-
-class Dropout2d(nn.Dropout2d):
-    """The same for whole channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if world() == 1 or not self.training:
-            return super().forward(x)
-        return x * own_part(F.dropout2d(whole_batch(x[..., :1, :1].contiguous()).fill_(1), self.p))
-
-
-class AllReduce(torch.autograd.Function):
-    """The sum over the processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, g):
-        return AllReduce.forward(None, g)
+        return x * dropped(torch.empty_like(x), self.p)
 
 
 class Divided:
@@ -130,46 +96,6 @@ class BatchNorm(Divided, nn.BatchNorm2d):
 
     def by_its_own(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-
-
-class BatchNormOfAll(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, for the CPU: torch has one for GPUs alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W) -> the same; in training mode normalised by the mean and variance of all processes' x."""
-        if not self.training:
-            return super().forward(x)
-        n, z = world() * x.numel() // x.shape[1], wide(x)
-        mean = AllReduce.apply(z.sum((0, 2, 3))) / n
-        z = z - mean[:, None, None]
-        var = AllReduce.apply(z.square().sum((0, 2, 3))) / n
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean), step)
-            self.running_var.lerp_((var * (n / (n - 1))).to(self.running_var), step)
-        gamma = self.weight * torch.rsqrt(var + self.eps)
-        return (z * gamma[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class SyncBatchNorm(Divided, BatchNormOfAll):
-    """The same, divided."""
-
-
-class CudaSyncBatchNorm(Divided, nn.SyncBatchNorm):
-    """torch's for GPUs, divided."""
-
-
-def synchronised(net: nn.Module, device: torch.device) -> nn.Module:
-    """`net` with its batch norm taken over all processes; names and values of its state stay. One process: as it is."""
-    if world() == 1:
-        return net
-    if device.type == "cuda":
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for m in net.modules():
-        if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            m.__class__ = CudaSyncBatchNorm if device.type == "cuda" else SyncBatchNorm  # the same attributes, another forward
-    return net
 
 
 # ------------------------------------------------------------------------------------------------------- generator
@@ -449,7 +375,7 @@ class FCN8s(VGGSegmenter):
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
-        self.dropout = Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(dropout)
         self.score7, self.score4, self.score3 = (nn.Conv2d(c, classes, 1) for c in (hidden, c4, c3))
         for layer in (self.score7, self.score4, self.score3):  # the published net starts from scores of 0, too
             nn.init.normal_(layer.weight, std=0.01)
@@ -528,16 +454,10 @@ class DeepLabVGG16(VGGSegmenter):
         return full[..., : size[0], : size[1]]
 
 
-def own_fseg(cfg, why: str) -> tuple[Path, dict]:
-    """File and content of the f_seg that this run's train_gan.py trained. why: it is needed.
-
-    Raises UserError where there is none or it is not finished.
-    """
-    path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-    state = load_checkpoint(path, f"{why}: run train_gan.py with this config first", ("f_seg",))
-    if not state["config"].get("fseg.checkpoint") and state["step"] < state["config"]["fseg.steps"]:
-        raise UserError(f"{path}: f_seg's training stopped at step {state['step']}; run train_gan.py again, it continues")
-    return path, state
+def build_fseg(cfg, classes: int, pretrained: str = "none") -> FCN8s:
+    """The FCN-8s that the config's `fseg.*` keys describe."""
+    c = cfg.fseg
+    return FCN8s(classes, c.width, c.batch_norm, c.dropout, pretrained)
 
 
 def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
@@ -549,103 +469,39 @@ def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16
     c = cfg.selfens
     net = DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, "none" if pretrained == "fseg" else pretrained)
     if pretrained == "fseg":
-        path, state = own_fseg(cfg, "selfens.pretrained=fseg takes f_seg's trunk")
+        path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+        state = load_checkpoint(path, "selfens.pretrained=fseg takes f_seg's trunk: run train_gan.py first", ("f_seg",))
         trunk = {k.removeprefix("features."): v for k, v in state["f_seg"].items() if k.startswith("features.")}
         load_weights(net.features, trunk, f"{path} (selfens.width and selfens.batch_norm must be fseg's)")
     return net
 
 
-# ------------------------------------------------------------------------------------------------------------ cost
+# ---------------------------------------------------------------------------------------- networks from checkpoints
 
 
-def step_costs(cfg, classes: int) -> dict:
-    """{stage: (parameters, FLOPs of a step, bytes that its backward pass keeps in float32, steps)}, counted, not run.
-
-    The networks and images are on the meta device, which has shapes and no numbers. A multiply-add is two FLOPs, as in
-    the peaks of data sheets; losses, noise and optimisers are not counted. `augment` is counted per image, `selfens`
-    for its default variant, tgcf_da_se.
-    """
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage()._cdata] = x
-        return x
-
-    def backward(*outputs):
-        sum(o.float().sum() for o in outputs).backward()
-
-    def f_seg_step():
-        backward(f_seg(image(c_f.batch, c_f.crop or cfg.source.size)))
-
-    def gan_step():
-        x = image(c_g.batch, c_g.crop or cfg.source.size)
-        x_g = G(x, x)
-        real, fake = D(x, x_g.detach())
-        backward(*real, *fake)
-        frozen(D, f_seg)
-        backward(*D(x_g), f_seg(x_g))
-
-    def selfens_step():
-        x = image(c_s.batch, c_s.crop or cfg.source.size)
-        with torch.no_grad():
-            segmenter(x)
-        backward(*(segmenter(x) for _ in range(3)))
-
-    def frozen(*networks):
-        for net in networks:
-            net.requires_grad_(False)
-
-    def image(n, size):
-        return torch.empty(n, 3, *size)
-
-    c_f, c_g, c_s = cfg.fseg, cfg.gan, cfg.selfens
-    with torch.device("meta"):
-        f_seg, G = FCN8s(classes, c_f.width, c_f.batch_norm, c_f.dropout), build_generator(cfg)
-        D, segmenter = build_discriminator(cfg), build_segmenter(cfg, classes)
-        stages, costs = {
-            "f_seg": (f_seg_step, c_f.steps, f_seg), "gan": (gan_step, c_g.steps, G, D),
-            "augment": (torch.no_grad()(lambda: G(*[image(1, cfg.source.size)] * 2)), 0, G),
-            "selfens": (selfens_step, c_s.steps, segmenter),
-        }, {}  # fmt: skip
-        for name, (step, steps, *networks) in stages.items():
-            kept.clear()
-            with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                step()
-            costs[name] = (sum(p.numel() for net in networks for p in net.parameters()), flops.get_total_flops(),
-                           sum(x.untyped_storage().nbytes() for x in kept.values()), steps)
-    return costs
+def load_generator(path, device) -> tuple[Generator, dict]:
+    """The trained G in evaluation mode, and its checkpoint."""
+    state = load_checkpoint(path, "run train_gan.py with this config first; it continues what was stopped", ("G",))
+    G = build_generator(nested(state["config"]))
+    load_weights(G, state["G"], path)
+    return G.to(device, memory_format=torch.channels_last).eval(), state
 
 
-def main() -> None:
-    from datasets import class_list  # the networks themselves know nothing of data
-
-    def arguments(parser):
-        parser.add_argument("--peak", type=float, default=312, help="TFLOP/s of the device; default 312, an A100 in bfloat16")
-        parser.add_argument("--share", type=float, default=0.2, help="part of the peak that is reached; default 0.2")
-        parser.add_argument("--processes", type=int, default=1, help="devices that share each batch; default 1")
-
-    cfg, args = command_line(__doc__, ("fseg", "gan", "selfens"), arguments)
-    list_name, classes = class_list(cfg)
-    print(f"{list_name}, {len(classes)} classes; images {cfg.source.size[1]}x{cfg.source.size[0]}\n"
-          f"{'stage':<10}{'parameters':>14}{'TFLOP/step':>12}{'GiB kept':>10}{'steps':>9}{'hours':>8}")
-    total, costs = 0, step_costs(cfg, len(classes))
-    for name, (parameters, flops, kept, steps) in costs.items():
-        hours = flops * steps / (args.peak * 1e12 * args.share) / 3600
-        total += hours
-        print(f"{name:<10}{parameters:>14,}{flops / 1e12:>12.3f}{kept / 2**30:>10.1f}"
-              + (f"{steps:>9,}{hours:>8.2f}" if name != "augment" else f"{'1 image':>9}{'':>8}"))
-    print(f"{total:.1f} hours in all at {100 * args.share:g} % of {args.peak:g} TFLOP/s: an estimate from FLOPs, not measured")
-    if args.processes > 1:
-        n = args.processes
-        print(f"\n{n} processes: what each sends in a step to average gradients, 2 x {n - 1}/{n} of 4 bytes for each trained "
-              f"parameter\n(ring all-reduce), on paper, and how long that takes beside its {1 / n:.3g} of the step's FLOPs\n"
-              f"{'stage':<10}{'MB':>8}{'NVLink, 450 GB/s':>18}{'100 GbE, 12.5 GB/s':>20}{'computing':>12}")
-        for name, (parameters, flops, _, _) in costs.items():
-            sent = 2 * (n - 1) / n * 4 * parameters
-            if name != "augment":
-                print(f"{name:<10}{sent / 1e6:>8.0f}{sent / 450e6:>15.2f} ms{sent / 12.5e6:>17.1f} ms"
-                      f"{1e3 * flops / n / (args.peak * 1e12 * args.share):>9.1f} ms")
+def load_fseg(path, classes, device) -> tuple[FCN8s, dict]:
+    """A trained f_seg, frozen, in evaluation mode, and its checkpoint. Raises UserError for one of other classes."""
+    state = load_checkpoint(path, "f_seg is the last.pt of a gan/fseg folder, which train_gan.py writes", ("f_seg",))
+    if state["classes"] != list(classes):
+        raise UserError(f"{path}: f_seg of classes {state['classes']}, not the config's {list(classes)}")
+    f_seg = build_fseg(nested(state["config"]), len(classes))
+    load_weights(f_seg, state["f_seg"], path)
+    return f_seg.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
-if __name__ == "__main__":
-    run_main(main)
+def load_segmenter(path, which: str, classes, device) -> tuple[DeepLabVGG16, dict]:
+    """The trained student or teacher in evaluation mode, and its checkpoint. Raises UserError for other classes."""
+    state = load_checkpoint(path, "run train_selfens.py with this config and selfens.variant first", (which,))
+    if state["classes"] != list(classes):
+        raise UserError(f"{path}: trained on classes {state['classes']}, not the config's {list(classes)}")
+    net = build_segmenter(nested(state["config"]), len(classes))
+    load_weights(net, state[which], path)
+    return net.to(device, memory_format=torch.channels_last).eval(), state
