@@ -454,13 +454,13 @@ def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> 
     """Changes colour, light, sharpness and texture of an image, never its geometry.
 
     x: (3, H, W) float in [0, 1] -> the same. strength: 0 nothing, 1 strong. Brightness, contrast, gamma and a colour
-    cast by factors of up to exp(+-0.7), any hue, saturation 0 to 2, blur of up to 1.2 pixels, and random fields from
+    cast by factors of up to exp(+-0.7), hue by a tenth of the circle, saturation 0 to 2, blur of up to 1.2 pixels, and random fields from
     fine grain to broad shade, because a generator hides in whatever f_seg has never been shown.
     """
     def factor(spread):
         return float(np.exp(rng.uniform(-spread, spread) * strength))
 
-    x = TF.adjust_hue(x, float(rng.uniform(-0.5, 0.5) * min(strength, 1)))
+    x = TF.adjust_hue(x, float(rng.uniform(-0.1, 0.1) * min(strength, 1)))
     x = TF.adjust_saturation(x, float(1 + rng.uniform(-1, 1) * min(strength, 1)))
     x = x * torch.tensor([factor(0.35) for _ in range(3)]).view(3, 1, 1)
     x = TF.adjust_gamma(x.clamp(0, 1), factor(0.7))
@@ -521,14 +521,14 @@ class Batches(torch.utils.data.Dataset):
             return int(rng.choice(images[rng.choice(len(p), p=p)]))
         return int(_order(*self.key, domain, position // n, n=n)[position % n])
 
-    def _geometry(self, rng, *tensors: Tensor) -> list[Tensor]:
-        """One flip and one crop for all of the tensors."""
-        if self.flip and rng.random() < 0.5:
+    def _geometry(self, rng, position: int, *tensors: Tensor) -> list[Tensor]:
+        """One flip and one crop for all of the tensors; the crop lies at the same place in every domain."""
+        if rng.random() < 0.5 and self.flip:
             tensors = [t.flip(-1) for t in tensors]
         if self.crop:
-            h, w = self.crop
-            top = rng.integers(tensors[0].shape[-2] - h + 1)
-            left = rng.integers(tensors[0].shape[-1] - w + 1)
+            (h, w), (H, W) = self.crop, tensors[0].shape[-2:]
+            u, v = random_generator(*self.key, "crop", position).random(2)
+            top, left = int(u * (H - h + 1)), int(v * (W - w + 1))
             tensors = [t[..., top : top + h, left : left + w] for t in tensors]
         return list(tensors)
 
@@ -538,14 +538,14 @@ class Batches(torch.utils.data.Dataset):
         if self.augmented is not None:
             style = int(rng.integers(len(self.augmented) // len(self.source)))
             tensors.append(self.augmented.image(style * len(self.source) + i))
-        tensors = self._geometry(rng, *tensors)
+        tensors = self._geometry(rng, position, *tensors)
         if self.jitter:
             tensors[0] = (photometric_jitter(tensors[0] / 255, self.jitter, rng) * 255).round().byte()
         return dict(zip(("x_s", "y_s", "x_g"), tensors, strict=False))
 
     def _target(self, position: int) -> dict[str, Tensor]:
         rng, i = random_generator(*self.key, "target", position), self._index("target", position, len(self.target))
-        return {"x_t": self._geometry(rng, self.target.image(i))[0]}
+        return {"x_t": self._geometry(rng, position, self.target.image(i))[0]}
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         threads = torch.get_num_threads()

@@ -27,7 +27,7 @@ from PIL import Image
 
 from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions, read_image, resized
 from losses import IGNORE, iou_from_confusion
-from models import load_segmenter
+from models import load_segmenter, upsample
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which papers on SYNTHIA report, too
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
@@ -268,7 +268,7 @@ def main() -> None:
         with cast:
             logits = net(x)
         for z in logits:  # one at a time: up-sampled logits of a batch of large images would take gigabytes
-            yield net.upsample(z[None], x.shape[-2:])[0]
+            yield upsample(z[None], net.stride, x.shape[-2:])[0]
 
     if args.images:
         return predict_images(cfg, args.images, args.out, predict, classes, device)

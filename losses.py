@@ -19,12 +19,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2] (Mao et al. 2017), each scale's mean, summed over the scales.
+def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> list[Tensor]:
+    """L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2] (Mao et al. 2017) of each scale; L_D is their sum.
 
-    real, fake: one (N, 1, h, w) score map per scale -> scalar.
+    real, fake: one (N, 1, h, w) score map per scale -> one scalar per scale.
     """
-    return sum((wide(r) - 1).square().mean() + wide(f).square().mean() for r, f in zip(real, fake, strict=True))
+    return [(wide(r) - 1).square().mean() + wide(f).square().mean() for r, f in zip(real, fake, strict=True)]
 
 
 def lsgan_g(fake: list[Tensor]) -> Tensor:
@@ -56,12 +56,13 @@ def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Te
 
 
 def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """L_con: mean squared error between the two softmaxes, **mean over batch, classes and cells**.
+    """L_con: squared error between the two softmaxes, **summed over classes, mean over batch and cells**.
 
-    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2/C]. No gradient reaches the
-    teacher. delta_con has a meaning only together with this reduction: a sum over classes would be C times as large.
+    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2]. No gradient reaches the teacher.
+    delta_con has a meaning only together with this reduction, which makes it the same for any number of classes.
     """
-    return F.mse_loss(wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1))
+    p_s, p_t = wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1)
+    return (p_s - p_t).square().sum(1).mean()
 
 
 def style_statistics(x: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ def sigmoid_ramp_up(step: int, length: float) -> float:
 
 
 def poly(step: int, steps: int) -> float:
-    """Factor of the learning rate in step 1 ... steps: (1 - (step - 1)/steps)^0.9 (DeepLab)."""
-    return (1 - (step - 1) / steps) ** 0.9
+    """Factor of the learning rate in step 1 ... steps: linear to 1 in the first 3 % of them, times (1 - (step - 1)/steps)^0.9."""
+    return min(1.0, step / (0.03 * steps)) * (1 - (step - 1) / steps) ** 0.9
 
 
 def linear(step: int, steps: int) -> float:

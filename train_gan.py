@@ -23,7 +23,7 @@ from datasets import Batches, Scenes, colourise, measure, photometric_jitter, to
 from losses import (
     class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, style_statistics,
 )  # fmt: skip
-from models import build_discriminator, build_fseg, build_generator, load_fseg
+from models import adamw, build_discriminator, build_fseg, build_generator, load_fseg, load_trunk
 
 # -------------------------------------------------------------------------------------------------------- f_seg
 
@@ -50,9 +50,11 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
         f_seg, _ = load_fseg(c.checkpoint, classes, run.device)
     elif not run.finished():
         seed_torch(cfg.seed, "fseg", "init")
-        f_seg = build_fseg(cfg, len(classes), "none" if run.state else c.pretrained)
+        f_seg = build_fseg(cfg, len(classes))
+        if not run.state:
+            load_trunk(f_seg, cfg, "fseg")
         f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
-        optimiser = torch.optim.Adam([{"params": f_seg.parameters(), "base_lr": c.lr}], fused=True)
+        optimiser = adamw(f_seg, c.lr, cfg.head_lr, cfg.weight_decay)
         if run.state:
             load_weights(f_seg, run.state["f_seg"], run.path)
             load_optimiser(optimiser, run.state["optimiser"], run.path)
@@ -90,11 +92,15 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
 
     report = {}
     for name, function in (("as it is", predict), ("jittered", predict_jittered)):
-        iou = 100 * iou_from_confusion(measure(function, held_out, cfg.inference_batch, run.device))
+        confusion = measure(function, held_out, cfg.inference_batch, run.device)
+        iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
         per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
         report[name] = {"mIoU": float(np.nanmean(iou)), "per class": per_class}
         print(f"f_seg on {len(held_out)} held-out source images, {name}: mIoU {report[name]['mIoU']:.1f}; "
               + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
+        blind = [n for n, v, part in zip(held_out.classes, iou, share, strict=True) if part >= 0.01 and v < 10]
+        if blind:
+            print(f"warning: f_seg hardly reads {', '.join(blind)}: G may repaint them as anything; see balance and rare")
     if rank() == 0:
         write_json(run.folder / "held_out.json", report)
 
@@ -136,7 +142,8 @@ def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
     nets.opt_d.zero_grad()
     with cast:
         real, fake = D(x_t, x_g.detach())
-    L_D = lsgan_d(real, fake)
+    per_scale = lsgan_d(real, fake)
+    L_D = sum(per_scale)
     L_D.backward()
     average_gradients(D)
     nets.opt_d.step()
@@ -148,6 +155,7 @@ def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
         scores, logits = D(x_g), f_seg(x_g)
     L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
     loss, terms = L_GAN + c.lambda_sem * L_sem, {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
+    terms |= {f"L_D/scale{k}": L for k, L in enumerate(per_scale, 1)}
 
     # not in the paper: + lambda_rec L_rec;  L_rec = mean |G(x_t, x_t) - x_t|
     if c.lambda_rec:
@@ -222,6 +230,9 @@ def main() -> None:
     nets = build_nets(cfg, train_fseg(cfg, source, held_out), run)
     cast = autocast(run.device, run.precision)
     batches = Batches(cfg, "gan", {"source": source, "target": target})
+    print(f"gan: {len(source)} source and {len(target)} target images, crops of {c.crop or source.size}; a score of D sees "
+          f"{' and '.join(map(str, nets.D.receptive_field()))} pixels, by scale; parameters: "
+          + ", ".join(f"{n} {sum(p.numel() for p in getattr(nets, n).parameters()):,}" for n in ("G", "D", "f_seg")))
 
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
@@ -232,6 +243,8 @@ def main() -> None:
         if step <= c.warmup_steps:
             set_lr(nets.opt_g, c.warmup_lr / c.lr_g)
             terms = warm_up_step(nets, x_s, x_t, cast)
+            if step == c.warmup_steps:  # its moments are of another loss: G's first updates would be far too large
+                nets.opt_g.state.clear()
         else:
             terms = gan_step(nets, x_s, x_t, y_s, c, cast)
         if run.due("sheet", step):
