@@ -5,12 +5,14 @@
     python augment.py --restart                                begin anew; the old folder is kept aside
     python augment.py CFG --judge JUDGE.pt                     do the images keep their labels and follow their guides?
 
-Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes OUTPUT/NAME/augmented/styleK/NAME.png under
-the source image's name (whose label is its label, too), and augmented/manifest.jsonl, which names each image's source
-and guide. Run again, it makes what is missing and nothing else.
+Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes
+OUTPUT/NAME/augmented/styleK/NAME.png under the source image's name (whose label is its label, too), and
+augmented/manifest.jsonl, which names each image's source and guide. Run again, it makes what is missing and
+nothing else.
 
-In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour statistics of
-the guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other tool has translated.
+In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour
+statistics of the guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other
+tool has translated.
 
     python augment.py name=fda augment.method=fda augment.fda_beta=0.01
     python augment.py name=cyclegan augment.method=folder augment.folder=DIR augment.styles_per_image=1
@@ -38,11 +40,11 @@ from tqdm import tqdm
 
 from datasets import SUFFIXES, Augmented, Scenes, planned_files, read_image, resized, to_float
 from losses import IGNORE, correlation, style_statistics
-from models import load_fseg, load_generator
+from models import build_fseg, build_generator, load_net
 
 SECTIONS = ("", "source", "target", "augment")
 
-# --------------------------------------------------------------------------------- translators that are not trained
+# --------------------------------------------------------------------------- translators that are not trained
 
 # Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS, logarithm, -> l alpha beta.
 LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]], dtype=torch.float64)
@@ -65,8 +67,9 @@ def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
 def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
     """Fourier domain adaptation (Yang & Soatto 2020): x_s with the low frequencies' amplitudes of x_t, phases kept.
 
-    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of frequencies
-    reaches floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
+    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of
+    frequencies reaches floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W),
+    clipped to [-1, 1].
     """
     if x_t.shape != x_s.shape:
         x_t = F.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
@@ -96,9 +99,10 @@ def ready_images(cfg, source: Scenes) -> list[Path]:
 def build_translator(cfg, source: Scenes, data: dict, device):
     """(translate, ready, digest): `augment.method` as a function, and what tells its images from others'.
 
-    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files that take the
-    place of the source images, else None; data: digests of what a generator must have been trained on. Raises
-    UserError where a generator is not trained to its end, or was trained with another config or other data.
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files that
+    take the place of the source images, else None; data: digests of what a generator must have been trained
+    on. Raises UserError where a generator is not trained to its end, or was trained with another config or
+    other data.
     """
     method = cfg.augment.method
     if method == "reinhard":
@@ -110,7 +114,7 @@ def build_translator(cfg, source: Scenes, data: dict, device):
         sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()[:16]
         return (lambda x_s, x_t: x_s), ready, f"folder {sizes}"
     path = Path(cfg.output, cfg.name, "gan", "last.pt")
-    G, state = load_generator(path, device)
+    G, state = load_net(path, "G", build_generator, source.classes, device)
     refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), path)
     refuse_changes(state.get("data", {}), data, path)
     if state["step"] < cfg.gan.steps or not state["step"]:
@@ -118,7 +122,7 @@ def build_translator(cfg, source: Scenes, data: dict, device):
     return G, None, weights_digest(state["G"])
 
 
-# ------------------------------------------------------------------------------------------------------- repaint
+# ---------------------------------------------------------------------------------------------------- repaint
 
 
 def repaint(run: Run, translate, read, files: list[Path], batches: list[range]) -> None:
@@ -178,19 +182,20 @@ def main() -> None:
     print(f"augment: {len(files)} images in {run.folder}; next: python train_selfens.py {args.items}")
 
 
-# --------------------------------------------------------------------------------------------------------- judge
+# ------------------------------------------------------------------------------------------------------ judge
 
 
 @torch.inference_mode()
 def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
     """How well repainted images keep their labels and follow their guides, to eval/augmented_METHOD.json and screen.
 
-    agreement: of the pixels that the judge, an f_seg of another seed, reads rightly on the source image, the share
-    that it reads rightly on the repainted one, per class and as their mean; style: mean distance of the style
-    statistics (losses.py) from the guide's, and their correlation with it over all images, beside the source's own.
+    agreement: of the pixels that the judge, an f_seg of another seed, reads rightly on the source image, the
+    share that it reads rightly on the repainted one, per class and as their mean; style: mean distance of the
+    style statistics (losses.py) from the guide's, and their correlation with it over all images, beside the
+    source's own.
     """
     device = get_device(cfg)
-    f_seg, state = load_fseg(checkpoint, source.classes, device)
+    f_seg, state = load_net(checkpoint, "f_seg", build_fseg, source.classes, device)
     own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
     if own.is_file() and own.samefile(checkpoint):
         print(f"attention: G was trained with {checkpoint}; an f_seg of another seed is a fairer judge")

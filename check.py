@@ -3,9 +3,9 @@
     python check.py CFG            reads every file's header, and the pixels of a sample
     python check.py CFG --full     decodes every file, on all cores
 
-Counts the pairs, names every file that cannot be used (exit status 2 if there is one), says what is not used, prints
-each class's share of the pixels, and writes OUTPUT/NAME/check/sheet.png, images with their labels over them. It reads
-what training reads: the target's training labels for selfens.variant=target_only alone.
+Counts the pairs, names every file that cannot be used (exit status 2 if there is one), says what is not used,
+prints each class's share of the pixels, and writes OUTPUT/NAME/check/sheet.png, images with their labels over
+them. It reads what training reads: the target's training labels for selfens.variant=target_only alone.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Data sets: pairs of images and labels, how they are read, and the batches that training draws.
 
-datasets.yaml holds the published data sets and class lists, and says how to add one; `dataset: folder` is such a
-block in a config. Source and target are read onto one class list. Train ids are positions in it; what is known but
-not in it is IGNORE; an unknown id is an error. `python check.py CFG` shows what lies on disk.
+datasets.yaml holds the published data sets and class lists, and says how to add one; `dataset: folder` is
+such a block in a config. Source and target are read onto one class list. Train ids are positions in it; what
+is known but not in it is IGNORE; an unknown id is an error. `python check.py CFG` shows what lies on disk.
 """
 
 import difflib
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from losses import IGNORE, confusion_matrix
 from streets import streets_scene
 
-# ------------------------------------------------------------------------------------- data sets and class lists
+# ---------------------------------------------------------------------------------- data sets and class lists
 
 VALUES = {"index": 1 << 8, "red": 1 << 8, "red16": 1 << 16, "rgb": 1 << 24}  # ids that each way of reading gives
 published = cache(lambda: read_yaml(HERE / "datasets.yaml"))
@@ -136,7 +136,7 @@ def id_table(block, name: str, classes: dict) -> np.ndarray:
     return table
 
 
-# --------------------------------------------------------------------------------------------------------- pairs
+# ------------------------------------------------------------------------------------------------------ pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 WILD = re.compile(r"(\*\*/|\*|\?)")
@@ -196,8 +196,9 @@ def group_numbers(paths: list[str], group: str) -> list[int]:
 def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample], list, list]:
     """(samples in a fixed order, problems, image files that are not used) of "source" or "target" and a split.
 
-    labels: whether label files are looked for. A problem is (sample name, what is wrong): an image without label or a
-    label without image. Raises UserError for a missing folder or split, and a name in `exclude` that is not there.
+    labels: whether label files are looked for. A problem is (sample name, what is wrong): an image without
+    label or a label without image. Raises UserError for a missing folder or split, and a name in `exclude`
+    that is not there.
     """
     part, block = getattr(cfg, role), get_block(cfg, role)
     if part.dataset == "streets":
@@ -245,7 +246,7 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     return samples, problems, missed
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 @lru_cache(maxsize=8)
@@ -295,8 +296,8 @@ def read_image(path: str) -> Image.Image:
 def read_label(path: str, read: str, table: np.ndarray) -> np.ndarray:
     """A label file (or address) as (H, W) uint8 train ids, pixels as they are stored (EXIF is not looked at).
 
-    read: as in cfg.yaml; table: from `id_table`. Raises UserError for a file that cannot hold ids read that way, and
-    for ids that the table does not know, with the number of pixels of each.
+    read: as in cfg.yaml; table: from `id_table`. Raises UserError for a file that cannot hold ids read that
+    way, and for ids that the table does not know, with the number of pixels of each.
     """
     if path.startswith("streets:"):
         raw = _scene(path)[1]
@@ -355,8 +356,9 @@ CACHE_BYTES = 2 << 30  # resized images that one data set keeps in memory, over 
 class Scenes:
     """The images of one domain and split, resized, with labels as train ids where asked for.
 
-    role: "source" or "target"; split: "train", "val" or "test"; labels: without it no label file is opened. At the
-    start every file's header is read, and a few files whole, so that what is wrong stops before training.
+    role: "source" or "target"; split: "train", "val" or "test"; labels: without it no label file is opened.
+    At the start every file's header is read, and a few files whole, so that what is wrong stops before
+    training.
     """
 
     def __init__(self, cfg, role: str, split: str, labels: bool):
@@ -447,15 +449,16 @@ def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
     return [folder / f"style{s}" / f"{sample.name}.png" for s in range(styles) for sample in source.samples]
 
 
-# ------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Changes colour, light, sharpness and texture of an image, never its geometry.
 
-    x: (3, H, W) float in [0, 1] -> the same. strength: 0 nothing, 1 strong. Brightness, contrast, gamma and a colour
-    cast by factors of up to exp(+-0.7), hue by a tenth of the circle, saturation 0 to 2, blur of up to 1.2 pixels, and random fields from
-    fine grain to broad shade, because a generator hides in whatever f_seg has never been shown.
+    x: (3, H, W) float in [0, 1] -> the same. strength: 0 nothing, 1 strong. Brightness, contrast, gamma and a
+    colour cast by factors of up to exp(+-0.7), hue by a tenth of the circle, saturation 0 to 2, blur of up to
+    1.2 pixels, and random fields from fine grain to broad shade, because a generator hides in whatever f_seg
+    has never been shown.
     """
     def factor(spread):
         return float(np.exp(rng.uniform(-spread, spread) * strength))
@@ -478,8 +481,8 @@ def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> 
 def images_by_class(source: Scenes, rare: float) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rare-class sampling (Hoyer, Dai, Van Gool 2022, DAFormer): a class is drawn, then one of its images.
 
-    rare: temperature T of P(c) ~ exp((1 - f_c) / T), f_c the class's share of the labelled pixels -> (P (C,), for
-    each class the indices of the images in which it has 1 pixel in 1,000 or more, or else P = 0).
+    rare: temperature T of P(c) ~ exp((1 - f_c) / T), f_c the class's share of the labelled pixels -> (P (C,),
+    for each class the indices of the images in which it has 1 pixel in 1,000 or more, or else P = 0).
     """
     images = [np.flatnonzero(some >= source.size[0] * source.size[1] / 1000) for some in source.pixels.T]
     there = np.array([len(some) > 0 for some in images])
@@ -498,14 +501,15 @@ def _order(*key, n: int) -> np.ndarray:
 class Batches(torch.utils.data.Dataset):
     """Item `step` (0, 1, ...) is this process's batch of that step, a function of (seed, stage, step) alone.
 
-    So neither the number of loader workers nor a resumed run changes what is drawn. Every domain goes through its
-    images in a new random order each epoch; with `rare`, source images are drawn by class. A dictionary of uint8:
+    So neither the number of loader workers nor a resumed run changes what is drawn. Every domain goes through
+    its images in a new random order each epoch; with `rare`, source images are drawn by class. A dictionary
+    of uint8:
         x_s (N, 3, h, w), y_s (N, h, w)   source images and labels
         x_g (N, 3, h, w)                  an augmented version of the same images, flipped and cropped with them
         x_t (N, 3, h, w)                  target images
 
-    section: the config section of batch and crop; domains: {"source": Scenes, "augmented": ..., "target": ...}, some
-    of them; jitter: strength of `photometric_jitter` on x_s; rare: as in cfg.yaml.
+    section: the config section of batch and crop; domains: {"source": Scenes, "augmented": ..., "target":
+    ...}, some of them; jitter: strength of `photometric_jitter` on x_s; rare: as in cfg.yaml.
     """
 
     def __init__(self, cfg, section: str, domains: dict, jitter: float = 0.0, rare: float = 0.0):

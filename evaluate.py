@@ -8,9 +8,10 @@
     python evaluate.py --compare A.json B.json                     two results side by side, per class
     python evaluate.py --table runs/streets-0 runs/streets-1       mean and deviation over finished runs
 
-Reads OUTPUT/NAME/selfens/VARIANT/last.pt and the target data set; writes OUTPUT/NAME/eval/VARIANT_MODEL_SPLIT.json and
-a sheet of images, labels and predictions beside it. The network sees images resized to target.size; its logits are
-up-sampled bilinearly (align_corners=False) to that, and then to each label's, or image's, own size.
+Reads OUTPUT/NAME/selfens/VARIANT/last.pt and the target data set; writes
+OUTPUT/NAME/eval/VARIANT_MODEL_SPLIT.json and a sheet of images, labels and predictions beside it. The network
+sees images resized to target.size; its logits are up-sampled bilinearly (align_corners=False) to that, and
+then to each label's, or image's, own size.
 """
 
 import os
@@ -27,14 +28,14 @@ from PIL import Image
 
 from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions, read_image, resized
 from losses import IGNORE, iou_from_confusion
-from models import load_segmenter, upsample
+from models import build_segmenter, load_net, upsample
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of mIoU*, which papers on SYNTHIA report, too
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str, "step": int,
           "steps": int, "protocol": str, "config": dict, "confusion": list}  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 
 
 def save_png(path: Path, picture) -> None:
@@ -142,7 +143,7 @@ def predict_images(cfg, path: str, out: str, predict, classes: dict, device) -> 
     print("".join(f"left out: {line}\n" for line in unreadable), end="")
 
 
-# ----------------------------------------------------------------------------------------------------- reporting
+# -------------------------------------------------------------------------------------------------- reporting
 
 
 def percent(iou: float | None) -> str:
@@ -243,7 +244,7 @@ def table(folders: list[str]) -> None:
         print()
 
 
-# ---------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def main() -> None:
@@ -262,7 +263,7 @@ def main() -> None:
     cast = autocast(device, get_precision(cfg, device))
     path = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
     classes = class_list(cfg)[1]
-    net, state = load_segmenter(path, args.model, classes, device)
+    net, state = load_net(path, args.model, build_segmenter, classes, device)
 
     def predict(x):
         with cast:

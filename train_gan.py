@@ -4,15 +4,16 @@
     python train_gan.py configs/carla_camvid.yaml gan.lambda_sem=10 name=strict
     python train_gan.py cfg.yaml --restart                     begin anew; the old folder is kept aside
 
-Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/gan/fseg/ (f_seg) and OUTPUT/NAME/gan/ (G and
-D): last.pt, log.jsonl, TensorBoard events, image sheets. A run that was stopped continues from its last checkpoint.
+Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/gan/fseg/ (f_seg) and OUTPUT/NAME/gan/
+(G and D): last.pt, log.jsonl, TensorBoard events, image sheets. A run that was stopped continues from its
+last checkpoint.
 """
 
 from types import SimpleNamespace
 
 from runtime import (
     Run, UserError, autocast, average_gradients, command_line, load_optimiser, load_weights, make_sheet,
-    random_generator, rank, run_main, seed_torch, set_lr, to_uint8, write_json,
+    random_generator, rank, run_main, seed_torch, to_uint8, write_json,
 )  # fmt: skip
 
 # isort: split
@@ -21,11 +22,11 @@ import torch
 
 from datasets import Batches, Scenes, colourise, measure, photometric_jitter, to_float
 from losses import (
-    class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, style_statistics,
+    class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr, style_statistics,
 )  # fmt: skip
-from models import adamw, build_discriminator, build_fseg, build_generator, load_fseg, load_trunk
+from models import adamw, build_discriminator, build_fseg, build_generator, load_net, load_trunk
 
-# -------------------------------------------------------------------------------------------------------- f_seg
+# ------------------------------------------------------------------------------------------------------ f_seg
 
 
 def fseg_step(f_seg, optimiser, x_s, y_s, weight, cast) -> dict:
@@ -46,9 +47,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
     c, classes = cfg.fseg, source.classes
     run = Run(cfg, "gan/fseg", ("", "source", "fseg"), {"source train": source.digest}, c.steps)
     cast = autocast(run.device, run.precision)
-    if c.checkpoint:
-        f_seg, _ = load_fseg(c.checkpoint, classes, run.device)
-    elif not run.finished():
+    if not c.checkpoint and not run.finished():
         seed_torch(cfg.seed, "fseg", "init")
         f_seg = build_fseg(cfg, len(classes))
         if not run.state:
@@ -74,8 +73,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
             if run.due("save", step):
                 run.save(step, f_seg=f_seg.state_dict(), optimiser=optimiser.state_dict(), classes=list(classes))
         run.close()
-    if not c.checkpoint:
-        f_seg, _ = load_fseg(run.path, classes, run.device)
+    f_seg, _ = load_net(c.checkpoint or run.path, "f_seg", build_fseg, classes, run.device)
     report_fseg(cfg, f_seg, held_out, run)
     return f_seg
 
@@ -105,7 +103,7 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
         write_json(run.folder / "held_out.json", report)
 
 
-# ------------------------------------------------------------------------------------------------------ G and D
+# ---------------------------------------------------------------------------------------------------- G and D
 
 
 def warm_up_step(nets, x_s, x_t, cast) -> dict:
@@ -130,8 +128,8 @@ def warm_up_step(nets, x_s, x_t, cast) -> dict:
 def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
     """One update of D, then one of G, on one batch. Returns the loss terms, scalars.
 
-    nets: G, D, f_seg (frozen, in eval mode), opt_g, opt_d; x_s, x_t: (N, 3, H, W) in [-1, 1]; y_s: (N, H, W) train
-    ids; c: the config's `gan` section; cast: the context in which networks run. D is left in eval mode.
+    nets: G, D, f_seg (frozen, in eval mode), opt_g, opt_d; x_s, x_t: (N, 3, H, W) in [-1, 1]; y_s: (N, H, W)
+    train ids; c: the config's `gan` section; cast: the context in which networks run. D is left in eval mode.
     """
     G, D, f_seg = nets.G, nets.D, nets.f_seg
     with cast:
@@ -141,7 +139,8 @@ def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
     D.train().requires_grad_(True)  # training mode is what makes spectral norm iterate: here, once a step
     nets.opt_d.zero_grad()
     with cast:
-        real, fake = D(x_t, x_g.detach())
+        scores = D(torch.cat([x_t, x_g.detach()]))
+    real, fake = zip(*(score.chunk(2) for score in scores), strict=True)
     per_scale = lsgan_d(real, fake)
     L_D = sum(per_scale)
     L_D.backward()
@@ -192,8 +191,8 @@ def build_nets(cfg, f_seg, run: Run) -> SimpleNamespace:
 def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> float:
     """Sheet of fixed source images under fixed guides. Returns how well the style follows the guides, -1 to 1.
 
-    Style is six numbers: mean and deviation of each colour channel. For each of 4 contents and each number, the
-    Pearson correlation over 8 guides between the guide's and the repainted image's, then the mean.
+    Style is six numbers: mean and deviation of each colour channel. For each of 4 contents and each number,
+    the Pearson correlation over 8 guides between the guide's and the repainted image's, then the mean.
     """
     def some(scenes, count):
         images = [scenes.image(i) for i in np.linspace(0, len(scenes) - 1, count).astype(int)]

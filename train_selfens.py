@@ -4,9 +4,10 @@
     python train_selfens.py cfg.yaml selfens.variant=source_only seed=1
     python train_selfens.py cfg.yaml --restart                 begin anew; the old folder is kept aside
 
-Reads the labelled source, the unlabelled target, OUTPUT/NAME/augmented/ (variants tgcf_da and tgcf_da_se) and the
-target's training labels (variant target_only, the upper bound, alone). Writes OUTPUT/NAME/selfens/VARIANT/: last.pt,
-log.jsonl, TensorBoard events and image sheets. A run that was stopped continues from its last checkpoint.
+Reads the labelled source, the unlabelled target, OUTPUT/NAME/augmented/ (variants tgcf_da and tgcf_da_se) and
+the target's training labels (variant target_only, the upper bound, alone). Writes
+OUTPUT/NAME/selfens/VARIANT/: last.pt, log.jsonl, TensorBoard events and image sheets. A run that was stopped
+continues from its last checkpoint.
 
 The variants differ in the terms of one objective, L = L_sup + delta_con L_con:
     source_only        L_sup = CE(f_S(x_s), y_s)
@@ -20,8 +21,8 @@ import copy
 from types import SimpleNamespace
 
 from runtime import (
-    Run, autocast, average_gradients, command_line, heat, load_optimiser, load_weights, make_sheet, run_main,
-    seed_torch, set_lr, to_uint8,
+    Run, autocast, average_gradients, command_line, load_optimiser, load_weights, make_sheet, run_main,
+    seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from datasets import Augmented, Batches, Scenes, colourise, has_labels, to_float
-from losses import class_weights, consistency, cross_entropy, poly, sigmoid_ramp_up
+from losses import class_weights, consistency, cross_entropy, poly, set_lr, sigmoid_ramp_up
 from models import adamw, build_segmenter, load_trunk, upsample
 
 
@@ -42,9 +43,10 @@ def update_teacher(teacher, student, alpha: float) -> None:
 def selfens_step(nets, batch: dict, c, delta_con: float, alpha: float, cast) -> dict:
     """One update of the student and of the teacher. Returns the loss terms, scalars.
 
-    nets: student, teacher, optimiser and weight (of the classes, or None); batch: {x_s, and as the variant has them x_g
-    and x_t: (N, 3, H, W) in [-1, 1], y_s: (N, H, W) train ids}; c: the config's `selfens` section; alpha: the teacher's
-    part in its average; cast: the context in which networks run. Each domain has its own forward and backward pass.
+    nets: student, teacher, optimiser and weight (of the classes, or None); batch: {x_s, and as the variant
+    has them x_g and x_t: (N, 3, H, W) in [-1, 1], y_s: (N, H, W) train ids}; c: the config's `selfens`
+    section; alpha: the teacher's part in its average; cast: the context in which networks run. Each domain
+    has its own forward and backward pass.
     """
     student, teacher, y_s = nets.student, nets.teacher, batch["y_s"]
     nets.optimiser.zero_grad()
@@ -113,7 +115,7 @@ def write_sheet(run: Run, step: int, nets, val: Scenes) -> None:
     # Half the squared distance of two softmaxes lies in [0, 1]; the root makes small ones visible.
     p_s, p_t = probabilities
     gap = ((p_s - p_t).square().sum(1) / 2).sqrt()
-    rows = [[to_uint8(x_t[k]), *(colourise(p[k].argmax(0).cpu(), val.classes) for p in (p_s, p_t)), heat(gap[k]),
+    rows = [[to_uint8(x_t[k]), *(colourise(p[k].argmax(0).cpu(), val.classes) for p in (p_s, p_t)), to_uint8(gap[k].expand(3, -1, -1) * 2 - 1),
              colourise(val.label(i), val.classes)] for k, i in enumerate(shown)]
     columns = ["target (val)", "student", "teacher", "inconsistency", "label"]
     run.sheet(step, "consistency", make_sheet(columns, rows))
