@@ -1,0 +1,192 @@
+"""What a training step costs. Not a test: run it by hand on an idle machine.
+
+    python tests/bench.py [CFG key=value ...]               steps of the GAN and of self-ensembling over their bare passes
+    python tests/bench.py [CFG key=value ...] --count       parameters, FLOPs and memory of each stage's step, not run
+    python tests/bench.py [CFG key=value ...] --munit DIR   the GAN's step against MUNIT's own, DIR a clone of NVlabs/MUNIT
+
+The first two print ratios of things that took turns in one run. --munit runs both at MUNIT's published widths
+(synthia2cityscape, without its perceptual loss), 128x256, batch 1, float32, one thread, each in a process of its own.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime import autocast, command_line, get_device, get_precision, nested, run_main  # noqa: E402
+
+# isort: split
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from datasets import class_list  # noqa: E402
+from models import (  # noqa: E402
+    adamw, build_discriminator, build_fseg, build_generator, build_segmenter,
+)  # fmt: skip
+from train_gan import gan_step  # noqa: E402
+from train_selfens import selfens_step  # noqa: E402
+
+MUNIT = {"gan.width": 64, "gan.style_dim": 8, "gan.mlp_dim": 256, "gan.downsamples": 2, "gan.res_blocks": 4,
+         "gan.d_width": 64, "gan.d_layers": 4, "gan.d_scales": 3, "gan.batch": 1, "gan.crop": [128, 256],
+         "gan.lambda_rec": 0.0}  # fmt: skip
+
+
+def images(n: int, size, device):
+    """(n, 3, *size) in [-1, 1], channels last."""
+    return torch.rand(n, 3, *size, device=device).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+def seconds(functions: dict, rounds: int) -> dict:
+    """{name: median seconds} of functions that take turns; on a CPU its own seconds, whatever else runs there."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(clock() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def gan(cfg, classes: int, device, cast):
+    """(a step of the GAN, its bare passes) as functions."""
+    c = cfg.gan
+    nets = SimpleNamespace(f_seg=build_fseg(cfg, classes), G=build_generator(cfg), D=build_discriminator(cfg))
+    for net in (nets.f_seg, nets.G, nets.D):
+        net.to(device, memory_format=torch.channels_last)
+    nets.f_seg.eval().requires_grad_(False)
+    nets.opt_g, nets.opt_d = (torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (nets.G, nets.D))
+    x_s, x_t = (images(c.batch, c.crop or cfg.source.size, device) for _ in range(2))
+    y_s = torch.randint(0, classes, (c.batch, *x_s.shape[-2:]), device=device)
+
+    def passes():
+        nets.G.zero_grad()
+        nets.D.zero_grad()
+        with cast:
+            x_g = nets.G(x_s, x_t)
+            scores = nets.D.requires_grad_(True)(torch.cat([x_t, x_g.detach()]))
+        sum(s.float().sum() for s in scores).backward()
+        with cast:
+            scores, logits = nets.D.requires_grad_(False)(x_g), nets.f_seg(x_g)
+            more = nets.G(x_t, x_t).float().sum() if c.lambda_rec else 0
+        (sum(s.float().sum() for s in scores) + logits.float().sum() + more).backward()
+
+    return lambda: gan_step(nets, x_s, x_t, y_s, c, cast), passes
+
+
+def selfens(cfg, classes: int, device, cast):
+    """(a step of tgcf_da_se, its bare passes) as functions."""
+    c = cfg.selfens
+    student, teacher = (build_segmenter(cfg, classes).to(device, memory_format=torch.channels_last) for _ in range(2))
+    teacher.requires_grad_(False)
+    nets = SimpleNamespace(student=student, teacher=teacher, weight=None, optimiser=adamw(student, 1e-4, 10.0, 0.01))
+    batch = {name: images(c.batch, c.crop or cfg.source.size, device) for name in ("x_s", "x_g", "x_t")}
+    y_s = torch.randint(0, classes, (c.batch, *batch["x_s"].shape[-2:]), device=device)
+
+    def passes():
+        student.zero_grad()
+        for x in batch.values():
+            with cast:
+                logits = student(x)
+            logits.float().sum().backward()
+        with cast, torch.no_grad():
+            teacher(batch["x_t"])
+
+    return lambda: selfens_step(nets, batch | {"y_s": y_s}, c, 1.0, 0.99, cast), passes
+
+
+def count(cfg, classes: int) -> None:
+    """Prints parameters, TFLOP and GiB that the backward pass keeps (float32) of each step, on paper."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    print(f"{'step':<10}{'million parameters':>20}{'TFLOP':>10}{'GiB kept':>10}{'steps':>9}{'PFLOP in all':>14}")
+    with torch.device("meta"):
+        cast, device = autocast(torch.device("cpu"), "float32"), torch.device("meta")
+        f_seg = build_fseg(cfg, classes)
+        x = images(cfg.fseg.batch, cfg.fseg.crop or cfg.source.size, device)
+        nets = {"f_seg": (lambda: f_seg(x).sum().backward(), cfg.fseg.steps, [f_seg]),
+                "gan": (gan(cfg, classes, device, cast)[1], cfg.gan.steps, [build_generator(cfg), build_discriminator(cfg)]),
+                "selfens": (selfens(cfg, classes, device, cast)[1], cfg.selfens.steps, [build_segmenter(cfg, classes)])}
+        for name, (function, steps, some) in nets.items():
+            kept.clear()
+            with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                function()
+            tflop, gib = flops.get_total_flops() / 1e12, sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
+            parameters = sum(p.numel() for net in some for p in net.parameters()) / 1e6
+            print(f"{name:<10}{parameters:>20.1f}{tflop:>10.3f}{gib:>10.2f}{steps:>9}{tflop * steps / 1e3:>14.2f}")
+
+
+def munit_step(clone: str):
+    """MUNIT's own dis_update and gen_update as one function. Its repository names modules that no longer exist."""
+    sys.path.insert(0, clone)
+    sys.modules["torch.utils.serialization"] = ModuleType("serialization")
+    sys.modules["torch.utils.serialization"].load_lua = None
+    torch.Tensor.cuda = lambda self, *_: self
+    from trainer import MUNIT_Trainer
+    from utils import get_config
+
+    try:
+        hyper = get_config(f"{clone}/configs/synthia2cityscape_folder.yaml")
+    except TypeError:  # its yaml.load has no loader
+        import yaml
+
+        hyper = yaml.safe_load(Path(clone, "configs/synthia2cityscape_folder.yaml").read_text())
+    hyper |= {"vgg_w": 0, "display_size": 1, "new_size": 128}
+    trainer, (a, b) = MUNIT_Trainer(hyper), (torch.rand(1, 3, *MUNIT["gan.crop"]) * 2 - 1 for _ in range(2))
+
+    def step():
+        trainer.dis_update(a, b, hyper)
+        trainer.gen_update(a, b, hyper)
+
+    return step
+
+
+def contestant(cfg, clone: str | None) -> None:
+    """Prints {seconds, MiB} of a step of ours, or of MUNIT's with its clone; the child process of --munit."""
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if clone:
+        step = munit_step(clone)
+    else:
+        step = gan(nested(cfg.flat | MUNIT), 19, torch.device("cpu"), autocast(torch.device("cpu"), "float32"))[0]
+    took = seconds({"step": step}, 3)["step"]
+    print(json.dumps({"seconds": took, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+
+
+def main() -> None:
+    cfg, args = command_line(("--rounds", {"type": int, "default": 10}), ("--count", {"action": "store_true"}),
+                             ("--munit", {}), ("--contestant", {}))
+    classes = len(class_list(cfg)[1])
+    if args.contestant:
+        return contestant(cfg, args.contestant if args.contestant != "ours" else None)
+    if args.count:
+        return count(cfg, classes)
+    if args.munit:
+        ours, theirs = (json.loads(subprocess.run([sys.executable, *sys.argv[:-2], "--contestant", who], check=True,
+                        capture_output=True, text=True).stdout.splitlines()[-1]) for who in ("ours", args.munit))
+        print(f"MUNIT's step / ours: {theirs['seconds'] / ours['seconds']:.2f} times the time "
+              f"({theirs['seconds']:.2f} and {ours['seconds']:.2f} s); ours takes {ours['MiB'] / theirs['MiB']:.2f} of its "
+              f"memory ({ours['MiB']:.0f} and {theirs['MiB']:.0f} MiB)")
+        return
+    device = get_device(cfg)
+    cast = autocast(device, get_precision(cfg, device))
+    for name, make in (("GAN", gan), ("self-ensembling", selfens)):
+        step, passes = make(cfg, classes, device, cast)
+        took = seconds({"step": step, "passes": passes}, args.rounds)
+        print(f"{name}: a step takes {took['step'] / took['passes']:.3f} of its bare passes "
+              f"({1000 * took['step']:.0f} and {1000 * took['passes']:.0f} ms)")
+
+
+if __name__ == "__main__":
+    run_main(main)
