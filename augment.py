@@ -1,9 +1,9 @@
-"""Stage 2: repaints every source image with the trained generator, each with a randomly drawn target image as guide.
+"""Stage 2: repaints every source image with the trained generator, each with a drawn target image as guide.
 
     python augment.py
     python augment.py configs/carla_camvid.yaml augment.styles_per_image=2
     python augment.py --restart                                begin anew; the old folder is kept aside
-    python augment.py CFG --judge JUDGE.pt                     do the images keep their labels and follow their guides?
+    python augment.py CFG --judge JUDGE.pt                     do images keep their labels and follow their guides?
 
 Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes
 OUTPUT/NAME/augmented/styleK/NAME.png under the source image's name (whose label is its label, too), and
@@ -27,8 +27,8 @@ from pathlib import Path
 
 from runtime import (
     Run, UserError, all_reduce, atomic_write, autocast, command_line, get_device, get_precision, make_sheet,
-    random_generator, rank, read_json, refuse_changes, run_main, stage_config, to_uint8, weights_digest, world,
-    write_json,
+    random_generator, rank, read_json, refuse_changes, run_main, stage_config, to_uint8, weights_digest,
+    world, write_json,
 )  # fmt: skip
 
 # isort: split
@@ -46,26 +46,25 @@ SECTIONS = ("", "source", "target", "augment")
 
 # --------------------------------------------------------------------------- translators that are not trained
 
-# Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS, logarithm, -> l alpha beta.
-LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]], dtype=torch.float64)
-LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]], dtype=torch.float64) / torch.tensor([[3], [6], [2]]).double().sqrt()
+# Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS -> log -> l alpha beta.
+LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]).double()
+LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / torch.tensor([[3], [6], [2]]).double().sqrt()
 
 
 def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-    """x_s with each channel's mean and deviation of x_t, in l alpha beta. (N, 3, H, W) in [-1, 1] both -> the same."""
-    def to_lab(x):  # black has no logarithm: a grey level is the least
-        lms = torch.einsum("ij,njhw->nihw", LMS.to(x.device), ((x.double() + 1) / 2).clamp(min=1 / 255)).log10()
-        return torch.einsum("ij,njhw->nihw", LAB.to(x.device), lms)
+    """x_s with each channel's mean and deviation of x_t, in l alpha beta. (N, 3, H, W) in [-1, 1] -> the same."""
+    def times(matrix, x):
+        return torch.einsum("ij,njhw->nihw", matrix.to(x.device), x)
 
-    s, t = to_lab(x_s), to_lab(x_t)
+    # Black has no logarithm: a grey level is the least.
+    s, t = (times(LAB, times(LMS, ((x.double() + 1) / 2).clamp(min=1 / 255)).log10()) for x in (x_s, x_t))
     (var_s, mean_s), (var_t, mean_t) = (torch.var_mean(x, (2, 3), correction=0, keepdim=True) for x in (s, t))
     lab = (s - mean_s) * (var_t / var_s.clamp(min=1e-12)).sqrt() + mean_t
-    lms = 10 ** torch.einsum("ij,njhw->nihw", LAB.inverse().to(x_s.device), lab)
-    return (torch.einsum("ij,njhw->nihw", LMS.inverse().to(x_s.device), lms) * 2 - 1).clamp(-1, 1).to(x_s.dtype)
+    return (times(LMS.inverse(), 10 ** times(LAB.inverse(), lab)) * 2 - 1).clamp(-1, 1).to(x_s.dtype)
 
 
 def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
-    """Fourier domain adaptation (Yang & Soatto 2020): x_s with the low frequencies' amplitudes of x_t, phases kept.
+    """Fourier domain adaptation (Yang & Soatto 2020): x_s with x_t's amplitudes of low frequencies, phases kept.
 
     x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of
     frequencies reaches floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W),
@@ -83,10 +82,10 @@ def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def ready_images(cfg, source: Scenes) -> list[Path]:
-    """`augment.folder`'s file for each image, in the order of `planned_files`. Raises UserError where one is missing."""
+    """`augment.folder`'s file for each image, in the order of `planned_files`. Raises UserError if one is missing."""
     root, styles, found = Path(cfg.augment.folder), cfg.augment.styles_per_image, []
     if not cfg.augment.folder or not root.is_dir():
-        raise UserError(f"augment.folder={cfg.augment.folder}: no such folder; set it to where the images lie")
+        raise UserError(f"augment.folder={root}: no such folder; set it to where the images lie")
     for path in planned_files(root, source, styles):
         path = path if styles > 1 else root / path.relative_to(root / "style0")
         there = [p for p in (path.with_suffix(end) for end in SUFFIXES) if p.is_file()]
@@ -111,14 +110,14 @@ def build_translator(cfg, source: Scenes, data: dict, device):
         return partial(fda, beta=cfg.augment.fda_beta), None, f"fda {cfg.augment.fda_beta:g}"
     if method == "folder":
         ready = ready_images(cfg, source)
-        sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()[:16]
-        return (lambda x_s, x_t: x_s), ready, f"folder {sizes}"
+        sizes = json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()
+        return (lambda x_s, x_t: x_s), ready, f"folder {hashlib.sha256(sizes).hexdigest()[:16]}"
     path = Path(cfg.output, cfg.name, "gan", "last.pt")
     G, state = load_net(path, "G", build_generator, source.classes, device)
     refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), path)
     refuse_changes(state.get("data", {}), data, path)
     if state["step"] < cfg.gan.steps or not state["step"]:
-        raise UserError(f"{path}: G's training is at step {state['step']} of {cfg.gan.steps}; run train_gan.py again")
+        raise UserError(f"{path}: G is at step {state['step']} of {cfg.gan.steps}; run train_gan.py again")
     return G, None, weights_digest(state["G"])
 
 
@@ -165,8 +164,9 @@ def main() -> None:
     run.begin()
     if rank() == 0:
         write_json(path, identity)
-        lines = [json.dumps({"file": f.relative_to(run.folder).as_posix(), "source": source.samples[i % n].name,
-                             "style": target.samples[guides[i]].name}) + "\n" for i, f in enumerate(files)]
+        names = [(f.relative_to(run.folder).as_posix(), source.samples[i % n].name, target.samples[guides[i]].name)
+                 for i, f in enumerate(files)]  # fmt: skip
+        lines = [json.dumps(dict(zip(("file", "source", "style"), some, strict=True))) + "\n" for some in names]
         atomic_write(run.folder / "manifest.jsonl", lambda file: file.write("".join(lines).encode()))
 
     def read(i):
@@ -175,8 +175,10 @@ def main() -> None:
 
     repaint(run, translate, read, files, todo[rank() :: world()])
     all_reduce(torch.zeros(1))
-    rows = [[source.image(i % n).permute(1, 2, 0).numpy(), np.asarray(read_image(str(files[i]))),
-             target.image(guides[i]).permute(1, 2, 0).numpy()] for i in range(0, len(files), -(-len(files) // 6))]
+    rows = []
+    for i in range(0, len(files), -(-len(files) // 6)):
+        content, guide = (x.permute(1, 2, 0).numpy() for x in (source.image(i % n), target.image(guides[i])))
+        rows.append([content, np.asarray(read_image(str(files[i]))), guide])
     run.sheet(run.steps, "augmented", make_sheet(["source", "augmented", "style guide"], rows))
     run.close()
     print(f"augment: {len(files)} images in {run.folder}; next: python train_selfens.py {args.items}")
@@ -187,7 +189,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
-    """How well repainted images keep their labels and follow their guides, to eval/augmented_METHOD.json and screen.
+    """How repainted images keep their labels and follow their guides, to eval/augmented_METHOD.json and screen.
 
     agreement: of the pixels that the judge, an f_seg of another seed, reads rightly on the source image, the
     share that it reads rightly on the repainted one, per class and as their mean; style: mean distance of the
@@ -205,7 +207,8 @@ def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
     right, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
     styles = {"source": [], "augmented": [], "guide": []}
     for k in tqdm(range(len(augmented)), "judge", mininterval=1, leave=False):
-        y_s, images = source.label(k % n), (source.image(k % n), augmented.image(k), target.image(number[lines[k]["style"]]))
+        y_s, guide = source.label(k % n), number[lines[k]["style"]]
+        images = source.image(k % n), augmented.image(k), target.image(guide)
         x_s, x_g, x_t = (to_float(x[None], device) for x in images)
         with cast:
             hits = [(f_seg(x)[0].argmax(0).cpu() == y_s) & (y_s != IGNORE) for x in (x_s, x_g)]
@@ -217,8 +220,8 @@ def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
     per_class = {c: float(kept[k] / right[k]) for k, c in enumerate(source.classes) if right[k]}
     result = {
         "method": cfg.augment.method, "judge": weights_digest(state["f_seg"]), "images": len(augmented),
-        "agreement": float(kept.sum() / right.sum()), "agreement, mean over classes": float(np.mean([*per_class.values()])),
-        "agreement per class": per_class, "style distance": float((g - t).abs().mean()),
+        "agreement": float(kept.sum() / right.sum()), "agreement per class": per_class,
+        "agreement, mean over classes": float(np.mean([*per_class.values()])), "style distance": float((g - t).abs().mean()),
         "style distance of the source": float((s - t).abs().mean()), "style correlation": correlation(g, t),
         "style correlation of the source": correlation(s, t), "config": cfg.flat,
     }  # fmt: skip

@@ -1,22 +1,25 @@
 """The figures, drawn from what the stages left in their run folders. Nothing is trained here.
 
-    python figures.py curve RUN ...                  the loss terms of stage 3 over its steps, from log.jsonl
-    python figures.py share RUN ...                  self-ensembling's gain per class over the class's share of pixels
-    python figures.py variants CFG key=value ...     target image, label, and what each trained variant reads there
-    python figures.py training CFG key=value ...     student, teacher and their inconsistency over the steps
-    python figures.py styles CFG key=value ...       sources repainted under several guides
+    python figures.py curve RUN ...                 the loss terms of stage 3 over its steps, from log.jsonl
+    python figures.py share RUN ...                 self-ensembling's gain per class over the class's share
+    python figures.py variants CFG key=value ...    target image, label, and what each trained variant reads
+    python figures.py training CFG key=value ...    student, teacher and their inconsistency over the steps
+    python figures.py styles CFG key=value ...      sources repainted under several guides
 
-RUN: run folders of several seeds. CFG and overrides select one run, as for the stages. `--out FILE.png` says where the
-figure goes. Sheets show images of the data: mind their licence before you publish one.
+RUN: run folders of several seeds. CFG and overrides select one run, as for the stages. `--out FILE.png` says
+where the figure goes. Sheets show images of the data: mind their licence before you publish one.
 """
 
+import argparse
 import io
 import json
 import sys
 from pathlib import Path
 
-from runtime import HERE, UserError, atomic_write, autocast, command_line, get_device, get_precision, make_sheet
-from runtime import read_json, run_main, to_uint8
+from runtime import (
+    UserError, atomic_write, autocast, command_line, get_device, get_precision, make_sheet, read_json,
+    run_main, to_uint8,
+)  # fmt: skip
 
 # isort: split
 import matplotlib
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Scenes, class_list, classify, colourise, predictions, to_float
+from datasets import Scenes, classify, colourise, predictions, to_float
 from models import build_generator, build_segmenter, load_net, upsample
 
 matplotlib.use("Agg")  # files only
@@ -58,7 +61,8 @@ def curve(runs: list[Path]):
             for term, axes in zip(("L_sup", "L_con"), panels, strict=True):
                 points = [(line["step"], line[term]) for line in lines if term in line]
                 if points:
-                    axes.plot(*zip(*points, strict=True), color=colour, lw=1, label=None if k else LABELS[variant])
+                    label = None if k else LABELS[variant]
+                    axes.plot(*zip(*points, strict=True), color=colour, lw=1, label=label)
     for term, axes in zip(("L_sup", "L_con"), panels, strict=True):
         axes.set(xlabel="student updates", ylabel=term, yscale="log")
         axes.grid(alpha=0.3)
@@ -66,18 +70,23 @@ def curve(runs: list[Path]):
     return figure
 
 
+def read_result(run: Path, variant: str) -> dict:
+    """What evaluate.py wrote on a variant's teacher on val."""
+    path = run / "eval" / f"{variant}_teacher_val.json"
+    return read_json(path, {"per_class": dict, "confusion": list, "classes": list}, "run evaluate.py first")
+
+
 def share(runs: list[Path]):
-    """Gain in IoU by self-ensembling, with and without repainted images, of each class, over its share of val."""
+    """Each class's gain in IoU by self-ensembling, with and without repainted images, over its share."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for after, before, marker in (("self_ensembling", "source_only", "s"), ("tgcf_da_se", "tgcf_da", "o")):
-        pairs = [[read_json(run / "eval" / f"{v}_teacher_val.json", {"per_class": dict, "confusion": list},
-                            "run evaluate.py first") for v in (after, before)] for run in runs]  # fmt: skip
+        pairs = [[read_result(run, variant) for variant in (after, before)] for run in runs]
+        rows = dict(zip(pairs[0][0]["classes"], np.sum(pairs[0][0]["confusion"], 1), strict=True))
         names = [n for n, iou in pairs[0][0]["per_class"].items() if iou is not None]
         gains = [[100 * (a["per_class"][n] - b["per_class"][n]) for n in names] for a, b in pairs]
-        pixels = np.asarray(pairs[0][0]["confusion"]).sum(1) / np.sum(pairs[0][0]["confusion"])
-        x = [100 * pixels[list(pairs[0][0]["per_class"]).index(n)] for n in names]
-        spread = np.std(gains, 0, ddof=1) if len(runs) > 1 else None
-        axes.errorbar(x, np.mean(gains, 0), spread, fmt=marker, lw=0.8, label=f"{LABELS[after]} over {LABELS[before]}")
+        x = [100 * rows[n] / sum(rows.values()) for n in names]
+        bars, label = np.std(gains, 0, ddof=len(runs) > 1), f"{LABELS[after]} over {LABELS[before]}"
+        axes.errorbar(x, np.mean(gains, 0), bars, fmt=marker, lw=0.8, label=label)
     for name, at, gain in zip(names, x, np.mean(gains, 0), strict=True):
         axes.annotate(name, (at, gain), (4, 4), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="black", lw=0.8)
@@ -95,7 +104,8 @@ def variants(cfg, count: int = 5) -> Image.Image:
     """Target image, label, and what the teacher of each trained variant reads there."""
     device, scenes = get_device(cfg), Scenes(cfg, "target", "val", labels=True)
     shown, columns = spread(len(scenes), count), ["target image (val)", "label"]
-    rows = [[scenes.image(i).permute(1, 2, 0).numpy(), colourise(scenes.label(i), scenes.classes)] for i in shown]
+    images = [scenes.image(i).permute(1, 2, 0).numpy() for i in shown]
+    rows = [[x, colourise(scenes.label(i), scenes.classes)] for x, i in zip(images, shown, strict=True)]
     for variant in LABELS:
         path = Path(cfg.output, cfg.name, "selfens", variant, "last.pt")
         if path.exists():
@@ -108,7 +118,7 @@ def variants(cfg, count: int = 5) -> Image.Image:
 
 
 def training(cfg, steps: int = 5) -> Image.Image:
-    """The first row of the consistency sheets that train_selfens.py wrote (sheet_every), top to bottom in time."""
+    """The first row of the consistency sheets that train_selfens.py wrote, top to bottom in time."""
     folder = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "sheets")
     paths = sorted(folder.glob("consistency-*.png"))
     if not paths:
@@ -123,7 +133,8 @@ def styles(cfg, count: int = 4) -> Image.Image:
     """A row per source image, a column per guide."""
     device, source = get_device(cfg), Scenes(cfg, "source", "train", labels=True)
     target, cast = Scenes(cfg, "target", "train", labels=False), autocast(device, get_precision(cfg, device))
-    G, _ = load_net(Path(cfg.output, cfg.name, "gan", "last.pt"), "G", build_generator, source.classes, device)
+    path = Path(cfg.output, cfg.name, "gan", "last.pt")
+    G, _ = load_net(path, "G", build_generator, source.classes, device)
     contents, guides = (to_float(torch.stack([scenes.image(i) for i in spread(len(scenes), count)]), device)
                         for scenes in (source, target))  # fmt: skip
     rows = [[np.full((*source.size, 3), 255, np.uint8), *map(to_uint8, guides)]]
@@ -134,17 +145,19 @@ def styles(cfg, count: int = 4) -> Image.Image:
 
 
 def main() -> None:
-    plots, sheets = {"curve": curve, "share": share}, {"variants": variants, "training": training, "styles": styles}
+    plots = {"curve": curve, "share": share}
+    sheets = {"variants": variants, "training": training, "styles": styles}
     figure = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if figure in plots:
-        out = Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else HERE / "runs" / f"{figure}.png"
-        runs = [Path(word) for word in sys.argv[1:] if word not in ("--out", str(out))]
-        return write(out, plots[figure](runs))
+        parser = argparse.ArgumentParser()
+        parser.add_argument("runs", nargs="+", type=Path)
+        parser.add_argument("--out", type=Path, default=Path(f"{figure}.png"))
+        args = parser.parse_args()
+        return write(args.out, plots[figure](args.runs))
     if figure not in sheets:
         raise UserError(f"command line: figures.py {' | '.join([*plots, *sheets])}; --help explains them")
     cfg, args = command_line(("--out", {}))
-    class_list(cfg)
-    write(Path(args.out or Path(cfg.output, cfg.name, "figures", f"{figure}.png")), sheets[figure](cfg))
+    write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), sheets[figure](cfg))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> list[Tensor]:
 
 
 def lsgan_g(fake: list[Tensor]) -> Tensor:
-    """L_GAN for the generator: E[(D(G(x_s, x_t)) - 1)^2], each scale's mean, summed over the scales -> scalar."""
+    """L_GAN for the generator: E[(D(G(x_s, x_t)) - 1)^2], summed over the scales -> scalar."""
     return sum((wide(f) - 1).square().mean() for f in fake)
 
 
@@ -46,14 +46,15 @@ def class_weights(pixels, balance: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0 (with a gradient of 0) if there are none.
+    """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0, gradient 0, if there are none.
 
     logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of the classes, 1 each
     without it -> scalar. This is L_sup's term, and with f_seg's logits of a generated image and the source
     label it is L_sem.
     """
     z = wide(logits)
-    total = F.cross_entropy(z, y, None if weight is None else weight.to(z), ignore_index=IGNORE, reduction="sum")
+    weight = None if weight is None else weight.to(z)
+    total = F.cross_entropy(z, y, weight, ignore_index=IGNORE, reduction="sum")
     return total / (y != IGNORE).sum().clamp(min=1)
 
 
@@ -69,25 +70,25 @@ def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def style_statistics(x: Tensor) -> Tensor:
-    """Style as six numbers, mean and deviation of each colour channel over the image: (N, 3, H, W) -> (N, 6)."""
+    """Style as six numbers, mean and deviation of each colour channel: (N, 3, H, W) -> (N, 6)."""
     var, mean = torch.var_mean(wide(x), (2, 3), correction=0)
     return torch.cat([mean, (var + 1e-6).sqrt()], 1)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of each column of two (K, M) tensors, over the rows; the mean of the M. A constant column has 0."""
+    """Pearson's, over the rows of two (K, M) tensors; the mean of the M columns. A constant one has 0."""
     a, b = a - a.mean(0), b - b.mean(0)
     return float(((a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-6)).mean())
 
 
 def sigmoid_ramp_up(step: int, length: float) -> float:
-    """exp(-5 (1 - x)^2), x = step/length clipped to [0, 1] (Tarvainen & Valpola 2017); 1 where length is 0."""
+    """exp(-5 (1 - x)^2), x = step/length in [0, 1] (Tarvainen & Valpola 2017); 1 where length is 0."""
     x = min(max(step / length, 0.0), 1.0) if length > 0 else 1.0
     return math.exp(-5 * (1 - x) ** 2)
 
 
 def poly(step: int, steps: int) -> float:
-    """Factor of the learning rate in step 1 ... steps: linear to 1 in the first 3 % of them, times (1 - (step - 1)/steps)^0.9."""
+    """Factor of the learning rate in step 1 ... steps: (1 - (step - 1)/steps)^0.9, after a rise in 3 % of them."""
     return min(1.0, step / (0.03 * steps)) * (1 - (step - 1) / steps) ** 0.9
 
 
@@ -97,7 +98,7 @@ def linear(step: int, steps: int) -> float:
 
 
 def confusion_matrix(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """label, prediction: integer tensors of one shape -> (classes, classes) int64, row = label, column = prediction.
+    """Integer tensors of one shape -> (classes, classes) int64, row = label, column = prediction.
 
     label: 0 ... classes - 1, or IGNORE for pixels that do not count; prediction: 0 ... classes - 1.
     """
@@ -107,7 +108,7 @@ def confusion_matrix(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
 
 
 def iou_from_confusion(confusion) -> np.ndarray:
-    """(C, C) counts -> (C,) float64 IoU = TP / (TP + FP + FN); NaN for a class in neither label nor prediction."""
+    """(C, C) counts -> (C,) float64 IoU = TP / (TP + FP + FN); NaN for a class that is nowhere."""
     confusion = np.asarray(confusion, np.int64)
     hit = np.diag(confusion)
     union = confusion.sum(0) + confusion.sum(1) - hit

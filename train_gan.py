@@ -22,7 +22,8 @@ import torch
 
 from datasets import Batches, Scenes, colourise, measure, photometric_jitter, to_float
 from losses import (
-    class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr, style_statistics,
+    class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr,
+    style_statistics,
 )  # fmt: skip
 from models import adamw, build_discriminator, build_fseg, build_generator, load_net, load_trunk
 
@@ -30,7 +31,7 @@ from models import adamw, build_discriminator, build_fseg, build_generator, load
 
 
 def fseg_step(f_seg, optimiser, x_s, y_s, weight, cast) -> dict:
-    """One update of f_seg. weight: of the classes, as in `cross_entropy`; the other arguments as in `gan_step`."""
+    """One update of f_seg. weight: as in `cross_entropy`; the other arguments as in `gan_step`."""
     # L_fseg = CE(f_seg(x_s), y_s)
     with cast:
         logits = f_seg(x_s)
@@ -43,7 +44,7 @@ def fseg_step(f_seg, optimiser, x_s, y_s, weight, cast) -> dict:
 
 
 def train_fseg(cfg, source: Scenes, held_out: Scenes):
-    """Trains (or loads) f_seg, prints its IoU on held-out source images, and returns it frozen, in eval mode."""
+    """Trains (or loads) f_seg, prints its IoU on held-out source images, returns it frozen, in eval mode."""
     c, classes = cfg.fseg, source.classes
     run = Run(cfg, "gan/fseg", ("", "source", "fseg"), {"source train": source.digest}, c.steps)
     cast = autocast(run.device, run.precision)
@@ -59,8 +60,8 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
             load_optimiser(optimiser, run.state["optimiser"], run.path)
         if cfg.compile:  # in place, so that the names in checkpoints stay
             f_seg.compile(dynamic=False)
-        # Jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject every
-        # image that does not look like the source, and G could not leave the source's look.
+        # Jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
+        # every image that does not look like the source, and G could not leave the source's look.
         batches = Batches(cfg, "fseg", {"source": source}, c.jitter, cfg.rare)
         weight = class_weights(source.pixels, cfg.balance).to(run.device) if cfg.balance else None
         f_seg.train()
@@ -71,7 +72,8 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
             x_s, y_s = to_float(batch["x_s"], run.device), batch["y_s"].to(run.device).long()
             run.log(step, fseg_step(f_seg, optimiser, x_s, y_s, weight, cast))
             if run.due("save", step):
-                run.save(step, f_seg=f_seg.state_dict(), optimiser=optimiser.state_dict(), classes=list(classes))
+                states = {"f_seg": f_seg.state_dict(), "optimiser": optimiser.state_dict()}
+                run.save(step, **states, classes=list(classes))
         run.close()
     f_seg, _ = load_net(c.checkpoint or run.path, "f_seg", build_fseg, classes, run.device)
     report_fseg(cfg, f_seg, held_out, run)
@@ -79,14 +81,15 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
 
 
 def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
-    """IoU of f_seg on held-out source images, as they are and jittered, to the screen and gan/fseg/held_out.json."""
+    """IoU of f_seg on held-out source images, as is and jittered, to screen and gan/fseg/held_out.json."""
     def predict(x):
         with autocast(run.device, run.precision):
             return f_seg(x)
 
     def predict_jittered(x):
         rng = random_generator(cfg.seed, "fseg", "held-out jitter")
-        return predict(torch.stack([photometric_jitter((i + 1) / 2, 1.0, rng) * 2 - 1 for i in x.cpu()]).to(x))
+        images = [photometric_jitter((image + 1) / 2, 1.0, rng) * 2 - 1 for image in x.cpu()]
+        return predict(torch.stack(images).to(x))
 
     report = {}
     for name, function in (("as it is", predict), ("jittered", predict_jittered)):
@@ -96,9 +99,9 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
         report[name] = {"mIoU": float(np.nanmean(iou)), "per class": per_class}
         print(f"f_seg on {len(held_out)} held-out source images, {name}: mIoU {report[name]['mIoU']:.1f}; "
               + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
-        blind = [n for n, v, part in zip(held_out.classes, iou, share, strict=True) if part >= 0.01 and v < 10]
+        blind = [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]
         if blind:
-            print(f"warning: f_seg hardly reads {', '.join(blind)}: G may repaint them as anything; see balance and rare")
+            print(f"warning: f_seg hardly reads {', '.join(blind)}; G may repaint that as anything")
     if rank() == 0:
         write_json(run.folder / "held_out.json", report)
 
@@ -189,7 +192,7 @@ def build_nets(cfg, f_seg, run: Run) -> SimpleNamespace:
 
 @torch.inference_mode()
 def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> float:
-    """Sheet of fixed source images under fixed guides. Returns how well the style follows the guides, -1 to 1.
+    """Sheet of fixed source images under fixed guides. Returns how well style follows the guides, -1 to 1.
 
     Style is six numbers: mean and deviation of each colour channel. For each of 4 contents and each number,
     the Pearson correlation over 8 guides between the guide's and the repainted image's, then the mean.
@@ -209,29 +212,46 @@ def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> fl
         with cast:
             x_g = torch.cat([nets.G(x_s[None], guide[None]) for guide in guides])
         follows.append(correlation(style_statistics(guides), style_statistics(x_g)))
-    run.sheet(step, "generated", make_sheet(["source", "generated", "style guide", "f_seg of generated"], rows))
+    columns = ["source", "generated", "style guide", "f_seg of generated"]
+    run.sheet(step, "generated", make_sheet(columns, rows))
     return float(np.mean(follows))
+
+
+def check_keys(cfg) -> None:
+    """Raises UserError for what could only fail, or come to nothing, after hours of training."""
+    c, size = cfg.gan, cfg.gan.crop or cfg.source.size
+    with torch.device("meta"):
+        view = build_discriminator(cfg).receptive_field()[-1]
+    if not c.crop and cfg.source.size != cfg.target.size:
+        raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
+    if view > min(size) or 2 * 2**c.downsamples > min(size):
+        raise UserError(f"gan.d_layers, gan.d_scales: D's scores would see {view} pixels of {size}, and G's content "
+                        f"have {min(size) >> c.downsamples} cells; lower them, or gan.downsamples")
+    if 0 < c.steps <= c.warmup_steps:
+        raise UserError(f"gan.warmup_steps={c.warmup_steps}: G would never see D; lower it")
+    if not cfg.fseg.steps and not cfg.fseg.checkpoint:
+        raise UserError("fseg.steps=0: f_seg would know nothing; raise it, or set fseg.checkpoint")
 
 
 def main() -> None:
     cfg, args = command_line(("--restart", {"action": "store_true"}))
+    check_keys(cfg)
     c = cfg.gan
-    if 0 < c.steps <= c.warmup_steps:
-        raise UserError(f"gan.warmup_steps={c.warmup_steps}: G would never see D; lower it, or raise gan.steps")
-    if not cfg.fseg.steps and not cfg.fseg.checkpoint:
-        raise UserError("fseg.steps=0: f_seg would hold nothing to its labels; raise it, or set fseg.checkpoint")
     source, held_out = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "source", "val", labels=True)
     target = Scenes(cfg, "target", "train", labels=False)
     data = {"source train": source.digest, "target train": target.digest}
     run = Run(cfg, "gan", ("", "source", "target", "fseg", "gan"), data, c.steps, args.restart)
     if run.finished():
         return
-    nets = build_nets(cfg, train_fseg(cfg, source, held_out), run)
+    f_seg = train_fseg(cfg, source, held_out)
+    if not c.steps:
+        return print("gan.steps=0: only f_seg was trained; augment.py needs a generator")
+    nets = build_nets(cfg, f_seg, run)
     cast = autocast(run.device, run.precision)
     batches = Batches(cfg, "gan", {"source": source, "target": target})
-    print(f"gan: {len(source)} source and {len(target)} target images, crops of {c.crop or source.size}; a score of D sees "
-          f"{' and '.join(map(str, nets.D.receptive_field()))} pixels, by scale; parameters: "
-          + ", ".join(f"{n} {sum(p.numel() for p in getattr(nets, n).parameters()):,}" for n in ("G", "D", "f_seg")))
+    sizes = [f"{n} {sum(p.numel() for p in getattr(nets, n).parameters()):,}" for n in ("G", "D", "f_seg")]
+    print(f"gan: {len(source)} source and {len(target)} target images, crops of {c.crop or source.size}; by "
+          f"scale a score of D sees {nets.D.receptive_field()} pixels; parameters: {', '.join(sizes)}")
 
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
@@ -242,7 +262,7 @@ def main() -> None:
         if step <= c.warmup_steps:
             set_lr(nets.opt_g, c.warmup_lr / c.lr_g)
             terms = warm_up_step(nets, x_s, x_t, cast)
-            if step == c.warmup_steps:  # its moments are of another loss: G's first updates would be far too large
+            if step == c.warmup_steps:  # moments of another loss would make G's first updates far too large
                 nets.opt_g.state.clear()
         else:
             terms = gan_step(nets, x_s, x_t, y_s, c, cast)

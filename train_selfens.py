@@ -36,7 +36,7 @@ from models import adamw, build_segmenter, load_trunk, upsample
 
 @torch.no_grad()
 def update_teacher(teacher, student, alpha: float) -> None:
-    """t_i = alpha t_(i-1) + (1 - alpha) s_i for every weight; the trunk's fixed statistics are the same in both."""
+    """t_i = alpha t_(i-1) + (1 - alpha) s_i for every weight; the trunk's fixed statistics are equal."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
 
 
@@ -115,14 +115,17 @@ def write_sheet(run: Run, step: int, nets, val: Scenes) -> None:
     # Half the squared distance of two softmaxes lies in [0, 1]; the root makes small ones visible.
     p_s, p_t = probabilities
     gap = ((p_s - p_t).square().sum(1) / 2).sqrt()
-    rows = [[to_uint8(x_t[k]), *(colourise(p[k].argmax(0).cpu(), val.classes) for p in (p_s, p_t)), to_uint8(gap[k].expand(3, -1, -1) * 2 - 1),
-             colourise(val.label(i), val.classes)] for k, i in enumerate(shown)]
+    rows = []
+    for k, i in enumerate(shown):
+        readings = [p[k].argmax(0).cpu() for p in (p_s, p_t)]
+        student, teacher, label = (colourise(y, val.classes) for y in (*readings, val.label(i)))
+        rows.append([to_uint8(x_t[k]), student, teacher, to_uint8(gap[k].expand(3, -1, -1) * 2 - 1), label])
     columns = ["target (val)", "student", "teacher", "inconsistency", "label"]
     run.sheet(step, "consistency", make_sheet(columns, rows))
 
 
 def open_domains(cfg) -> dict:
-    """{source, and as the variant has them augmented and target: Scenes}. For target_only, the source is the target."""
+    """{source, and as the variant has them augmented, target: Scenes}. For target_only source is target."""
     variant = cfg.selfens.variant
     # Target labels are read by target_only and by nobody else.
     labelled = Scenes(cfg, "target" if variant == "target_only" else "source", "train", labels=True)
@@ -145,16 +148,18 @@ def main() -> None:
         return
     nets, cast = build_nets(cfg, domains["source"], run), autocast(run.device, run.precision)
     batches = Batches(cfg, "selfens", domains, rare=cfg.rare)
-    print(f"selfens: {', '.join(f'{len(s)} {name}' for name, s in domains.items())} images, {c.steps} steps of "
+    counts = ", ".join(f"{len(scenes)} {name}" for name, scenes in domains.items())
+    print(f"selfens: {counts} images, {c.steps} steps of "
           f"{c.batch} per domain, {sum(p.numel() for p in nets.student.parameters()):,} parameters")
 
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
         seed_torch(cfg.seed, "selfens", step)  # noise and dropout
         set_lr(nets.optimiser, poly(step, c.steps))
-        batch = {name: x.to(run.device).long() if name == "y_s" else to_float(x, run.device) for name, x in batch.items()}
+        y_s = batch.pop("y_s").to(run.device).long()
+        batch = {name: to_float(x, run.device) for name, x in batch.items()} | {"y_s": y_s}
         delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
-        # The true mean over the first steps, as in Mean Teacher: the random start does not linger in the teacher.
+        # The true mean over the first steps, as in Mean Teacher: the start does not linger in the teacher.
         alpha = min(c.ema_decay, 1 - 1 / step)
         terms = selfens_step(nets, batch, c, delta_con, alpha, cast)
         run.log(step, terms | {"lr": nets.optimiser.param_groups[0]["lr"]})

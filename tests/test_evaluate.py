@@ -1,0 +1,279 @@
+"""Evaluation: its numbers by other means, exported files, tables, comparisons, photos, and what is refused.
+
+`cityscapes` is a tiny Cityscapes, with val images of two sizes, and a run on it that stands at step 40 of 60.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ENV, REPO, TINY, save_image
+from PIL import Image
+
+import evaluate
+import runtime
+import train_selfens
+from models import build_segmenter
+from runtime import UserError, load_checkpoint
+
+labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+EVALUATED = sorted((label for label in labels if not label.ignoreInEval), key=lambda label: label.trainId)
+NAMES, IDS = [label.name for label in EVALUATED], np.array([label.id for label in EVALUATED])
+ABSENT, UNLABELLED = "train", "bus"  # the first is in neither labels nor predictions, the second in no label
+
+
+def make_cityscapes(root):
+    """Blocks of all ids but two, in the labels' colours."""
+    rng, colours = np.random.default_rng(3), np.array([label.color for label in labels if label.id >= 0])
+    ids = [label.id for label in labels if label.id >= 0 and label.name not in (ABSENT, UNLABELLED)]
+    for split, count in (("train", 8), ("val", 9), ("test", 2)):
+        for i in range(count):
+            size = (40, 72) if split == "val" and i % 3 == 0 else (32, 64)
+            label = np.kron(rng.choice(ids, (3, 5)), np.ones((16, 16), int))[: size[0], : size[1]]
+            label[:3] = i % 5  # the ego vehicle, the border, ...: regions that do not count
+            frame = f"{split}/bonn/bonn_{i:06d}_000019"
+            save_image(root / f"leftImg8bit/{frame}_leftImg8bit.png", colours[label])
+            if split != "test":  # servers keep those
+                save_image(root / f"gtFine/{frame}_gtFine_labelIds.png", label)
+                save_image(root / f"gtFine/{frame}_gtFine_instanceIds.png", label)
+
+
+@pytest.fixture(scope="module")
+def cityscapes(tmp_path_factory):
+    """root, data, args, checkpoint (its path), folder of the run, result() and where val was exported."""
+    root = tmp_path_factory.mktemp("cityscapes")
+    make_cityscapes(root / "data")
+    part = {"dataset": "cityscapes", "root": str(root / "data"), "size": [32, 64]}
+    selfens = {"width": 0.2, "pretrained": "none", "steps": 60, "batch": 4, "dropout": 0.0, "lr": 0.01,
+               "variant": "source_only"}  # fmt: skip
+    config, folder = root / "tiny.yaml", root / "out/run"
+    config.write_text(yaml.safe_dump(TINY | {
+        "output": str(root / "out"), "classes": "cityscapes19", "source": part, "target": part, "seed": 3,
+        "save_every": 40, "log_every": 20, "selfens": selfens, "rare": 0.0, "balance": 0.0}))  # fmt: skip
+    path = folder / "selfens/source_only/last.pt"
+    with pytest.MonkeyPatch.context() as patch:  # a run that broke off after its checkpoint of step 40
+        poly = train_selfens.poly
+        patch.setattr(train_selfens, "poly", lambda step, steps: poly(step, steps) if step <= 40 else 1 / 0)
+        patch.setattr("sys.argv", ["train_selfens.py", str(config)])
+        with pytest.raises(ZeroDivisionError):
+            train_selfens.main()
+        state = load_checkpoint(path, "")
+        for name, x in state["teacher"].items():
+            if name.endswith("bias") and x.shape == (19,):
+                x[NAMES.index(ABSENT)] = -1e6  # is never predicted
+        torch.save(state, path)
+        patch.setattr("sys.argv", ["evaluate.py", str(config), "seed=7", "--export", str(root / "export")])
+        evaluate.main()
+    result = folder / "eval/source_only_teacher_val.json"
+    return SimpleNamespace(data=root / "data", args=[config], checkpoint=path, folder=folder, file=result,
+                           export=root / "export", result=lambda: json.loads(result.read_text()))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
+
+
+def test_the_result_is_complete_and_adds_up(cityscapes):
+    """A number without model, split, step and protocol is none; config and seed are the checkpoint's."""
+    result = cityscapes.result()
+    expected = {"variant": "source_only", "model": "teacher", "split": "val", "step": 40, "steps": 60,
+                "images": 9, "seed": 3, "classes": NAMES}  # fmt: skip
+    assert {k: result[k] for k in expected} == expected and result["config"]["seed"] == 3
+    for word in ("19 classes", "cityscapes val", "9 images", "teacher of step 40 of 60", "64x32", "others"):
+        assert word in result["protocol"]
+    confusion, ious = np.array(result["confusion"]), {}
+    for k, name in enumerate(NAMES):
+        union = confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]
+        ious[name] = confusion[k, k] / union if union else None
+    assert result["per_class"] == ious and ious[ABSENT] is None
+    assert result["miou"] == pytest.approx(np.mean([v for v in ious.values() if v is not None]), abs=1e-12)
+    assert {"torch", "device", "commit"} <= set(result["environment"])
+
+
+def test_the_counts_by_a_loop_of_its_own(cityscapes):
+    """The input, network, two up-samplings and counting are the stated ones, at each label's own size."""
+    cfg = runtime.load_config(*cityscapes.args)
+    net = build_segmenter(cfg, 19).eval()
+    net.load_state_dict(load_checkpoint(cityscapes.checkpoint, "")["teacher"])
+    confusion, table = np.zeros((19, 19), int), np.full(256, 255)
+    table[IDS] = range(19)
+    for path in sorted((cityscapes.data / "leftImg8bit/val/bonn").iterdir()):
+        image = np.asarray(Image.open(path).resize((64, 32), Image.BILINEAR), np.float32)
+        label = path.name.replace("leftImg8bit", "gtFine_labelIds")
+        label = table[np.asarray(Image.open(cityscapes.data / "gtFine/val/bonn" / label))]
+        with torch.no_grad():
+            logits = net(torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None])
+            for size in ((32, 64), label.shape):
+                logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
+        prediction = logits[0].argmax(0).numpy()
+        np.add.at(confusion, (label[label < 19], prediction[label < 19]), 1)
+    stated = np.array(cityscapes.result()["confusion"])
+    assert np.abs(stated - confusion).sum() <= 0.005 * confusion.sum()  # rounding may turn a tie
+    assert stated.sum() == confusion.sum() and (stated.sum(0) > 0).sum() > 5  # no constant prediction
+
+
+def test_the_official_script_agrees_on_the_exported_files(cityscapes, tmp_path):
+    """Cityscapes' own script finds in the exported files what was printed: equal counts, equal IoU."""
+    code = ("import numpy; numpy.in1d = numpy.isin  # in1d, which the script calls, is gone\n"
+            "import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as script; script.main()")
+    env = ENV | {"CITYSCAPES_DATASET": str(cityscapes.data), "CITYSCAPES_RESULTS": str(cityscapes.export),
+                 "CITYSCAPES_EXPORT_DIR": str(tmp_path)}  # fmt: skip
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    theirs = json.loads((tmp_path / "resultPixelLevelSemanticLabeling.json").read_text())
+    ours, matrix = cityscapes.result(), np.array(theirs["confMatrix"])
+    assert (matrix[np.ix_(IDS, IDS)] == ours["confusion"]).all()
+    assert matrix[IDS].sum() == np.sum(ours["confusion"]) < matrix.sum()  # the 19 alone are predicted
+    for name, iou in ours["per_class"].items():
+        score = theirs["classScores"][name]
+        assert np.isnan(score) if iou is None else abs(iou - score) <= 1e-12
+    assert abs(ours["miou"] - theirs["averageScoreClasses"]) <= 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------- exports
+
+
+def test_exported_files_are_what_a_server_takes(stage, cityscapes, tmp_path, capsys):
+    """PNGs of label ids, named and sized like the images; of a test split, no labels need be there."""
+    images = sorted((cityscapes.data / "leftImg8bit/val").rglob("*.png"))
+    files = sorted(cityscapes.export.rglob("*.png"))
+    assert [p.name for p in files] == [p.name for p in images]
+    for image, path in zip(images, files, strict=True):
+        picture = Image.open(path)
+        assert picture.mode == "L" and picture.size == Image.open(image).size
+        assert {*np.unique(picture)} <= {*IDS}
+    stage("evaluate", *cityscapes.args, "--split", "test", "--export", tmp_path / "test")
+    assert len([*(tmp_path / "test").rglob("bonn_*.png")]) == 2 and "mIoU" not in capsys.readouterr().out
+    assert not (cityscapes.folder / "eval/source_only_teacher_test.json").exists()
+
+
+def test_an_export_into_the_data_is_refused(stage, cityscapes):
+    """Predictions of the names of images, written over them, would be the end of a data set."""
+    for folder in (cityscapes.data / "leftImg8bit/val", cityscapes.data):
+        with pytest.raises(UserError, match="overwrite"):
+            stage("evaluate", *cityscapes.args, "--export", folder)
+
+
+def test_the_student_has_a_result_of_its_own(stage, cityscapes):
+    """--model student: another file and other weights, so other counts."""
+    stage("evaluate", *cityscapes.args, "--model", "student")
+    student = json.loads((cityscapes.folder / "eval/source_only_student_val.json").read_text())
+    assert student["model"] == "student" and "student of step 40" in student["protocol"]
+    assert student["confusion"] != cityscapes.result()["confusion"]
+
+
+# ---------------------------------------------------------------------------------------- tables, comparisons
+
+
+@pytest.fixture
+def runs(cityscapes, tmp_path):
+    """runs("a-0", 0.5, seed=0, ...) writes a run folder with a result of that mIoU; returns the folder."""
+    def write(name, miou, variant="source_only", step=60, **config):
+        result = cityscapes.result()
+        config = result["config"] | {"name": name, "seed": 0} | config
+        per_class = dict.fromkeys(NAMES) | {"road": miou / 2}
+        result |= {"miou": miou, "per_class": per_class, "variant": variant, "step": step, "config": config}
+        path = tmp_path / name / f"eval/{variant}_teacher_val.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+        return tmp_path / name
+
+    return write
+
+
+def test_the_table_is_mean_sample_deviation_and_gap(stage, runs, capsys):
+    """Over seeds, n - 1; one row a variant; a folder given twice counts once; the step is shown."""
+    folders = [runs(f"a-{k}", miou, "tgcf_da", seed=k) for k, miou in enumerate((0.1, 0.2, 0.6))]
+    for k in range(3):
+        runs(f"a-{k}", 0.2, seed=k)
+        runs(f"a-{k}", 0.6, "target_only", seed=k)
+    stage("evaluate", "--table", *folders, folders[0])
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("a ")}
+    assert list(rows) == ["source_only", "tgcf_da", "target_only"]
+    assert re.match(r"a +tgcf_da +teacher +val +60/60 +3 +30\.00 ±26\.46 +25 +15\.00 +ab", rows["tgcf_da"])
+    assert re.search(r"60/60 +3 +20\.00 ± 0\.00 +0 ", rows["source_only"])
+    assert re.search(r"3 +60\.00 ± 0\.00 +100 ", rows["target_only"])
+
+
+def test_runs_that_differ_are_not_averaged(stage, runs):
+    """A mean over two learning rates, or over half and whole trainings, is a number of nothing."""
+    first = runs("b-0", 0.5)
+    for seed, change in ((1, {"selfens.lr": 0.02}), (2, {"step": 40})):
+        other = runs(f"b-{seed}", 0.5, seed=seed, **change)
+        with pytest.raises(UserError, match=rf"{other}/eval/\S+: {[*change][0]} is .* but .* in another run"):
+            stage("evaluate", "--table", first, other)
+    with pytest.raises(UserError, match="nothing_here"):
+        stage("evaluate", "--table", first.parent / "nothing_here")
+
+
+def test_a_stale_result_and_an_unfinished_run_show(stage, cityscapes, tmp_path, capsys):
+    """Numbers that are older than the checkpoint, or of a run that broke off, must not pass for the end's."""
+    shutil.copytree(cityscapes.folder, tmp_path / "run")
+    path, result = tmp_path / "run/selfens/source_only/last.pt", tmp_path / f"run/eval/{cityscapes.file.name}"
+    for seconds in (-10, 10):
+        os.utime(path, (os.path.getmtime(result) + seconds,) * 2)
+        stage("evaluate", "--table", tmp_path / "run")
+        shown = capsys.readouterr().out
+        assert ("warning" in shown and str(path) in shown) == (seconds > 0)
+    assert re.search(r"source_only +teacher +val +40/60 ", shown)
+
+
+def test_two_results_side_by_side(stage, runs, capsys):
+    """What changed, with its sign; other splits or classes, and files that are no results, are refused."""
+    a, b = (runs(f"c-{k}", miou) / "eval/source_only_teacher_val.json" for k, miou in enumerate((0.5, 0.4)))
+    stage("evaluate", "--compare", a, b)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mIoU", "50.00", "40.00", "-10.00"] in rows and ["road", "25.00", "20.00", "-5.00"] in rows
+    assert [ABSENT, "absent", "absent"] in rows
+    result = json.loads(b.read_text())
+    for change in ({"split": "train"}, {"classes": NAMES[:16]}):
+        b.write_text(json.dumps(result | change))
+        with pytest.raises(UserError, match=f"c-1/eval.*: {[*change][0]} "):
+            stage("evaluate", "--compare", a, b)
+    for content in ("", "{}", "[1]", '{"miou": 0.5}'):
+        b.write_text(content)
+        with pytest.raises(UserError, match="c-1/eval.*not what belongs there"):
+            stage("evaluate", "--compare", a, b)
+
+
+# ----------------------------------------------------------------------------------------------------- photos
+
+
+def test_photos_of_a_folder_and_one_alone(stage, cityscapes, tmp_path, capsys):
+    """Sub-folders and sizes are kept, unreadable files listed at the end, macOS' ._ files skipped."""
+    photo = next((cityscapes.data / "leftImg8bit/val").rglob("*.png"))
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "day 1").mkdir(parents=True)
+    shutil.copy(photo, folder / "day 1/a.png")
+    save_image(folder / "b.JPG", np.random.default_rng(0).integers(0, 255, (50, 30, 3)))
+    (folder / "broken.png").write_bytes(photo.read_bytes()[:60])
+    (folder / "._b.jpg").write_bytes(b"macOS")
+    stage("evaluate", *cityscapes.args, "--images", folder, "--out", out)
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("left out: ") and "broken.png" in last
+    for kind in ("train_ids", "colour", "overlay"):
+        files = sorted(p.relative_to(out / kind).as_posix() for p in (out / kind).rglob("*.*"))
+        assert files == ["b.png", "day 1/a.png"]
+        assert Image.open(out / kind / "b.png").size == (30, 50)
+    ids = np.asarray(Image.open(out / "train_ids/day 1/a.png"))
+    exported = np.asarray(Image.open(next(cityscapes.export.rglob(photo.name))))
+    assert (IDS[ids] == exported).mean() > 0.99  # the same image, predicted another way
+    colours = np.array([label.color for label in EVALUATED])
+    assert (colours[ids] == np.asarray(Image.open(out / "colour/day 1/a.png"))).all()
+    stage("evaluate", *cityscapes.args, "--images", folder / "day 1/a.png", "--out", tmp_path / "one")
+    assert (np.asarray(Image.open(tmp_path / "one/train_ids/a.png")) == ids).all()
+    with pytest.raises(UserError, match="overwrite"):
+        stage("evaluate", *cityscapes.args, "--images", folder, "--out", folder / "predicted")
+
+
+def test_a_network_of_other_classes_is_refused(stage, cityscapes):
+    """16 of 19 classes: the numbers would stand beside the wrong names."""
+    with pytest.raises(UserError, match=f"{cityscapes.checkpoint}.*classes"):
+        stage("evaluate", *cityscapes.args, "classes=cityscapes16")
