@@ -2,17 +2,15 @@
 
     python augment.py
     python augment.py configs/carla_camvid.yaml augment.styles_per_image=2
-    python augment.py --restart                                begin anew; the old folder is kept aside
-    python augment.py CFG --judge JUDGE.pt                     do images keep their labels and follow their guides?
+    python augment.py --restart                        begin anew; the old folder is kept aside
+    python augment.py CFG --judge JUDGE.pt             do images keep their labels and follow their guides?
 
-Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes
-OUTPUT/NAME/augmented/styleK/NAME.png under the source image's name (whose label is its label, too), and
-augmented/manifest.jsonl, which names each image's source and guide. Run again, it makes what is missing and
-nothing else.
+Reads OUTPUT/NAME/gan/last.pt and the images of source and target; writes OUTPUT/NAME/augmented/:
+styleK/NAME.png under the source image's name (whose label is its label, too), and manifest.jsonl, each
+image's source and guide. Run again, it makes what is missing and nothing else.
 
-In place of G, to compare with, augment.method takes translators that need no training: reinhard (colour
-statistics of the guide), fda (low frequencies' amplitudes of the guide), and folder: images that any other
-tool has translated.
+In place of G, to compare with, augment.method takes translators that need no training: reinhard (the guide's
+colour statistics), fda (the guide's amplitudes of low frequencies), and folder (images of any other tool):
 
     python augment.py name=fda augment.method=fda augment.fda_beta=0.01
     python augment.py name=cyclegan augment.method=folder augment.folder=DIR augment.styles_per_image=1
@@ -46,13 +44,14 @@ SECTIONS = ("", "source", "target", "augment")
 
 # --------------------------------------------------------------------------- translators that are not trained
 
-# Reinhard, Ashikhmin, Gooch, Shirley 2001, "Color Transfer between Images": RGB -> LMS -> log -> l alpha beta.
-LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]).double()
+# Reinhard et al. 2001, "Color Transfer between Images": RGB -> LMS -> logarithm -> l alpha beta.
+LMS = [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
+LMS = torch.tensor(LMS, dtype=torch.float64)
 LAB = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]]) / torch.tensor([[3], [6], [2]]).double().sqrt()
 
 
 def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-    """x_s with each channel's mean and deviation of x_t, in l alpha beta. (N, 3, H, W) in [-1, 1] -> the same."""
+    """x_s with x_t's mean and deviation of each channel of l alpha beta; (N, 3, H, W) in [-1, 1] each."""
     def times(matrix, x):
         return torch.einsum("ij,njhw->nihw", matrix.to(x.device), x)
 
@@ -64,11 +63,10 @@ def reinhard(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
 
 
 def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
-    """Fourier domain adaptation (Yang & Soatto 2020): x_s with x_t's amplitudes of low frequencies, phases kept.
+    """Fourier domain adaptation (Yang & Soatto 2020): x_s with x_t's amplitudes of low frequencies.
 
-    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size first; beta: the block of
-    frequencies reaches floor(beta min(H, W)) to each side of frequency 0, in both directions -> (N, 3, H, W),
-    clipped to [-1, 1].
+    x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size; beta: the frequencies reach
+    floor(beta min(H, W)) to each side of 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
     """
     if x_t.shape != x_s.shape:
         x_t = F.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
@@ -82,13 +80,13 @@ def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def ready_images(cfg, source: Scenes) -> list[Path]:
-    """`augment.folder`'s file for each image, in the order of `planned_files`. Raises UserError if one is missing."""
+    """`augment.folder`'s files in the order of `planned_files`. Raises UserError where one is missing."""
     root, styles, found = Path(cfg.augment.folder), cfg.augment.styles_per_image, []
     if not cfg.augment.folder or not root.is_dir():
         raise UserError(f"augment.folder={root}: no such folder; set it to where the images lie")
     for path in planned_files(root, source, styles):
         path = path if styles > 1 else root / path.relative_to(root / "style0")
-        there = [p for p in (path.with_suffix(end) for end in SUFFIXES) if p.is_file()]
+        there = [p for p in map(path.with_suffix, SUFFIXES) if p.is_file()]
         if not there:
             raise UserError(f"{path}: no such translated image; each has the name of its source image")
         found.append(there[0])
@@ -98,43 +96,58 @@ def ready_images(cfg, source: Scenes) -> list[Path]:
 def build_translator(cfg, source: Scenes, data: dict, device):
     """(translate, ready, digest): `augment.method` as a function, and what tells its images from others'.
 
-    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files that
-    take the place of the source images, else None; data: digests of what a generator must have been trained
-    on. Raises UserError where a generator is not trained to its end, or was trained with another config or
-    other data.
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files in place
+    of source images; data: digests of what G must have been trained on. Raises UserError where G is not
+    trained to its end, or was trained with another config or other data.
     """
-    method = cfg.augment.method
-    if method == "reinhard":
-        return reinhard, None, method
-    if method == "fda":
+    if cfg.augment.method == "reinhard":
+        return reinhard, None, "reinhard"
+    if cfg.augment.method == "fda":
         return partial(fda, beta=cfg.augment.fda_beta), None, f"fda {cfg.augment.fda_beta:g}"
-    if method == "folder":
+    if cfg.augment.method == "folder":
         ready = ready_images(cfg, source)
-        sizes = json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()
-        return (lambda x_s, x_t: x_s), ready, f"folder {hashlib.sha256(sizes).hexdigest()[:16]}"
+        sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()
+        return (lambda x_s, x_t: x_s), ready, f"folder {sizes[:16]}"
     path = Path(cfg.output, cfg.name, "gan", "last.pt")
     G, state = load_net(path, "G", build_generator, source.classes, device)
-    refuse_changes(state["config"], stage_config(cfg, ("", "source", "target", "gan")), path)
-    refuse_changes(state.get("data", {}), data, path)
-    if state["step"] < cfg.gan.steps or not state["step"]:
+    now = stage_config(cfg, ("", "source", "target", "gan")) | data
+    refuse_changes(state["config"] | state.get("data", {}), now, path)
+    if state["step"] < cfg.gan.steps:
         raise UserError(f"{path}: G is at step {state['step']} of {cfg.gan.steps}; run train_gan.py again")
     return G, None, weights_digest(state["G"])
 
 
-# ---------------------------------------------------------------------------------------------------- repaint
-
-
 def repaint(run: Run, translate, read, files: list[Path], batches: list[range]) -> None:
-    """Makes the images of these batches. read(i): (content, guide), (3, H, W) uint8 each, of image i."""
+    """Makes the images of these batches. read(k): (content, guide), (3, H, W) uint8 each, of image k."""
     for batch in batches:
         contents, guides = zip(*map(read, batch), strict=True)
         x_s, x_t = (to_float(torch.stack(x), run.device) for x in (contents, guides))
         with torch.inference_mode(), autocast(run.device, run.precision):
             x_g = translate(x_s, x_t)
-        for i, x in zip(batch, x_g, strict=True):
-            atomic_write(files[i], lambda file, x=x: Image.fromarray(to_uint8(x)).save(file, "PNG"))
+        for k, x in zip(batch, x_g, strict=True):
+            atomic_write(files[k], lambda file, x=x: Image.fromarray(to_uint8(x)).save(file, "PNG"))
         run.bar.update()
         run.stop_if_asked()
+
+
+def write_manifest(folder: Path, files: list[Path], source: Scenes, guides: list[str]) -> None:
+    """Names each image's source and guide, one JSON object a line."""
+    lines = []
+    for k, file in enumerate(files):
+        name = source.samples[k % len(source)].name
+        line = {"file": file.relative_to(folder).as_posix(), "source": name, "style": guides[k]}
+        lines.append(json.dumps(line) + "\n")
+    atomic_write(folder / "manifest.jsonl", lambda file: file.write("".join(lines).encode()))
+
+
+def sheet(files: list[Path], source: Scenes, target: Scenes, guides: list[int]) -> Image.Image:
+    """Six of the images between their source images and guides."""
+    rows = []
+    for k in range(0, len(files), -(-len(files) // 6)):
+        images = source.image(k % len(source)), target.image(guides[k])
+        content, guide = (x.permute(1, 2, 0).numpy() for x in images)
+        rows.append([content, np.asarray(read_image(str(files[k]))), guide])
+    return make_sheet(["source", "augmented", "style guide"], rows)
 
 
 def main() -> None:
@@ -143,85 +156,83 @@ def main() -> None:
     if args.judge:
         return judge(cfg, args.judge, source, target)
     data = {"source train": source.digest, "target train": target.digest}
-    size, n = cfg.inference_batch, len(source)
-    run = Run(cfg, "augmented", SECTIONS, {}, -(-n * cfg.augment.styles_per_image // size), args.restart)
+    count, size = len(source) * cfg.augment.styles_per_image, cfg.inference_batch
+    batches = [range(count)[first : first + size] for first in range(0, count, size)]
+    run = Run(cfg, "augmented", SECTIONS, {}, len(batches), args.restart)
     translate, ready, generator = build_translator(cfg, source, data, run.device)
 
     # Images of another generator, config or other data must not mix with this one's.
     path, identity = run.folder / "identity.json", {"generator": generator, "config": run.config} | data
     if path.exists():
         then = read_json(path, {"generator": str, "config": dict}, "use --restart to make the images anew")
-        refuse_changes(then, {"generator": generator} | data, run.folder)
-        refuse_changes(then["config"], stage_config(cfg, SECTIONS), run.folder)
+        now = stage_config(cfg, SECTIONS) | {"generator": generator} | data
+        refuse_changes(then["config"] | then, now, run.folder)
     files = planned_files(run.folder, source, cfg.augment.styles_per_image)
-    guides = [int(random_generator(cfg.seed, "augment", i).integers(len(target))) for i in range(len(files))]
+    guides = [int(random_generator(cfg.seed, "augment", k).integers(len(target))) for k in range(count)]
     # A batch of which an image is missing is made again as a whole: its bits do not depend on what was there.
-    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
-    todo = [batch for batch in batches if not all(files[i].exists() for i in batch)]
+    missing = [batch for batch in batches if not all(files[k].exists() for k in batch)]
     all_reduce(torch.zeros(1))  # no process begins before all have looked
-    if not todo and path.exists():
-        return print(f"augment: {len(files)} images of generator {generator} are there; nothing to do")
+    if not missing and path.exists():
+        return print(f"augment: {count} images of generator {generator} are there; nothing to do")
+
     run.begin()
     if rank() == 0:
         write_json(path, identity)
-        names = [(f.relative_to(run.folder).as_posix(), source.samples[i % n].name, target.samples[guides[i]].name)
-                 for i, f in enumerate(files)]  # fmt: skip
-        lines = [json.dumps(dict(zip(("file", "source", "style"), some, strict=True))) + "\n" for some in names]
-        atomic_write(run.folder / "manifest.jsonl", lambda file: file.write("".join(lines).encode()))
+        write_manifest(run.folder, files, source, [target.samples[i].name for i in guides])
 
-    def read(i):
-        content = resized(read_image(str(ready[i])), source.size) if ready else source.image(i % n)
-        return content, target.image(guides[i])
+    def read(k):
+        content = resized(read_image(str(ready[k])), source.size) if ready else source.image(k % len(source))
+        return content, target.image(guides[k])
 
-    repaint(run, translate, read, files, todo[rank() :: world()])
+    repaint(run, translate, read, files, missing[rank() :: world()])
     all_reduce(torch.zeros(1))
-    rows = []
-    for i in range(0, len(files), -(-len(files) // 6)):
-        content, guide = (x.permute(1, 2, 0).numpy() for x in (source.image(i % n), target.image(guides[i])))
-        rows.append([content, np.asarray(read_image(str(files[i]))), guide])
-    run.sheet(run.steps, "augmented", make_sheet(["source", "augmented", "style guide"], rows))
+    run.sheet(run.steps, "augmented", sheet(files, source, target, guides))
     run.close()
-    print(f"augment: {len(files)} images in {run.folder}; next: python train_selfens.py {args.items}")
+    print(f"augment: {count} images in {run.folder}; next: python train_selfens.py {args.items}")
 
 
 # ------------------------------------------------------------------------------------------------------ judge
 
 
 @torch.inference_mode()
-def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
-    """How repainted images keep their labels and follow their guides, to eval/augmented_METHOD.json and screen.
+def look(f_seg, images: Augmented, source: Scenes, target: Scenes, device, cast) -> tuple:
+    """(right, kept, styles): pixels of each class, (256,), that f_seg reads rightly on source images, and of
+    these on repainted ones; style statistics (3, images, 6) of source images, repainted ones and guides.
+    """
+    lines = [json.loads(line) for line in (images.folder / "manifest.jsonl").read_text().splitlines()]
+    number, n = {sample.name: i for i, sample in enumerate(target.samples)}, len(source)
+    right, kept, styles = np.zeros(256, np.int64), np.zeros(256, np.int64), []
+    for k in tqdm(range(len(images)), "judge", mininterval=1, leave=False):
+        y_s, guide = source.label(k % n), number[lines[k]["style"]]
+        pictures = source.image(k % n), images.image(k), target.image(guide)
+        x = [to_float(picture[None], device) for picture in pictures]
+        with cast:
+            hits = [(f_seg(image)[0].argmax(0).cpu() == y_s) & (y_s != IGNORE) for image in x[:2]]
+        right += np.bincount(y_s[hits[0]], minlength=256)
+        kept += np.bincount(y_s[hits[0] & hits[1]], minlength=256)
+        styles.append(torch.cat([style_statistics(image).double().cpu() for image in x]))
+    return right, kept, torch.stack(styles, 1)
 
-    agreement: of the pixels that the judge, an f_seg of another seed, reads rightly on the source image, the
-    share that it reads rightly on the repainted one, per class and as their mean; style: mean distance of the
-    style statistics (losses.py) from the guide's, and their correlation with it over all images, beside the
-    source's own.
+
+def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
+    """How images keep their labels and follow their guides, to eval/augmented_METHOD.json and the screen.
+
+    agreement: kept / right of `look`; style: mean distance of the style statistics from the guide's, and
+    their correlation with it over all images, beside the source's own.
     """
     device = get_device(cfg)
     f_seg, state = load_net(checkpoint, "f_seg", build_fseg, source.classes, device)
     own = Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
     if own.is_file() and own.samefile(checkpoint):
         print(f"attention: G was trained with {checkpoint}; an f_seg of another seed is a fairer judge")
-    augmented, cast = Augmented(cfg, source), autocast(device, get_precision(cfg, device))
-    lines = [json.loads(line) for line in (augmented.folder / "manifest.jsonl").read_text().splitlines()]
-    number, n = {sample.name: i for i, sample in enumerate(target.samples)}, len(source)
-    right, kept = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    styles = {"source": [], "augmented": [], "guide": []}
-    for k in tqdm(range(len(augmented)), "judge", mininterval=1, leave=False):
-        y_s, guide = source.label(k % n), number[lines[k]["style"]]
-        images = source.image(k % n), augmented.image(k), target.image(guide)
-        x_s, x_g, x_t = (to_float(x[None], device) for x in images)
-        with cast:
-            hits = [(f_seg(x)[0].argmax(0).cpu() == y_s) & (y_s != IGNORE) for x in (x_s, x_g)]
-        right += np.bincount(y_s[hits[0]], minlength=256)
-        kept += np.bincount(y_s[hits[0] & hits[1]], minlength=256)
-        for name, x in zip(styles, (x_s, x_g, x_t), strict=True):
-            styles[name].append(style_statistics(x).double().cpu())
-    s, g, t = map(torch.cat, styles.values())
+    images, cast = Augmented(cfg, source), autocast(device, get_precision(cfg, device))
+    right, kept, (s, g, t) = look(f_seg, images, source, target, device, cast)
     per_class = {c: float(kept[k] / right[k]) for k, c in enumerate(source.classes) if right[k]}
     result = {
-        "method": cfg.augment.method, "judge": weights_digest(state["f_seg"]), "images": len(augmented),
+        "method": cfg.augment.method, "judge": weights_digest(state["f_seg"]), "images": len(images),
         "agreement": float(kept.sum() / right.sum()), "agreement per class": per_class,
-        "agreement, mean over classes": float(np.mean([*per_class.values()])), "style distance": float((g - t).abs().mean()),
+        "agreement, mean over classes": float(np.mean([*per_class.values()])),
+        "style distance": float((g - t).abs().mean()),
         "style distance of the source": float((s - t).abs().mean()), "style correlation": correlation(g, t),
         "style correlation of the source": correlation(s, t), "config": cfg.flat,
     }  # fmt: skip

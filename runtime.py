@@ -1,14 +1,13 @@
 """What the stages share: config, command line, device, seeds, processes, files, run folder, sheets.
 
-Nothing here knows the method. What a user can mend ends in a `UserError`: one line that names the key or the file
-and the mend, exit status 2, no traceback.
+Nothing here knows the method. What a user can mend ends in a `UserError`: one line that names the key or the
+file and the mend, exit status 2, no traceback.
 """
 
 import argparse
 import contextlib
 import difflib
 import fcntl
-import functools
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +29,8 @@ HERE = Path(__file__).resolve().parent
 SCHEMA = HERE / "cfg.yaml"
 if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent == HERE:
     # The manual comes before torch is imported, which takes seconds.
-    sys.stdout.reconfigure(errors="replace")
     with contextlib.suppress(BrokenPipeError):  # `| head`
-        print(f"{sys.modules['__main__'].__doc__}\nKeys, in a config; as SECTION.KEY=VALUE on the command line:\n")
-        print(SCHEMA.read_text(encoding="utf-8"), flush=True)
+        print(sys.modules["__main__"].__doc__, SCHEMA.read_text(encoding="utf-8"), sep="\n", flush=True)
     raise SystemExit(0)
 
 import numpy as np  # noqa: E402
@@ -47,43 +45,30 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------- configuration
-
-
 def read_yaml(path) -> dict:
     """A YAML file of plain values. Raises UserError that names the file, and the line where it is wrong."""
     try:
         return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML keys and values: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be read as YAML keys: {' '.join(str(error).split())}") from None
 
 
-def flatten(tree: dict, sections) -> dict:
-    """{section: {key: value}} -> {"section.key": value}; a key outside of a section keeps its name."""
-    flat = {}
-    for key, value in tree.items():
-        inside = key in sections and isinstance(value, dict)
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if inside else {str(key): value}
-    return flat
-
-
-@functools.cache
+@cache
 def schema() -> tuple[dict, dict, list]:
-    """cfg.yaml: ({dotted key: default}, {dotted key: rule}, sections).
-
-    A key's type is its default's. Its rule stands in brackets at the end of its comment: choices (a | b | c), a
-    range (0 to 1) or (1 or more), or (height, width), each 8 or more. A number without a rule is 0 or more.
-    """
-    tree, rules, section = read_yaml(SCHEMA), {}, ""
-    sections = [name for name, value in tree.items() if isinstance(value, dict) and value]
-    pattern = re.compile(r"^( *)(\w+):.*?(?:\(([^()]*)\))?$", re.M)
-    for indent, key, rule in pattern.findall(SCHEMA.read_text(encoding="utf-8")):
-        section = section if indent else key
-        rules[f"{section}.{key}" if indent else key] = rule
-    return flatten(tree, sections), rules, sections
+    """cfg.yaml, whose head explains it: ({dotted key: default}, {dotted key: what is valid}, sections)."""
+    defaults, rules, sections = {}, {}, []
+    pattern = re.compile(r"^( *)(\w+):([^#\n]*).*?(?:\(([^()]*)\))?$", re.M)
+    for indent, key, value, rule in pattern.findall(SCHEMA.read_text(encoding="utf-8")):
+        key = f"{sections[-1]}.{key}" if indent else key
+        if value.strip():
+            defaults[key], rules[key] = yaml.safe_load(value), rule
+        else:
+            sections.append(key)
+    return defaults, rules, sections
 
 
 def fits(value, default, rule: str) -> bool:
-    """Whether a value has its default's type and keeps its key's rule."""
+    """Whether a value has its default's type and keeps its key's rule; heights and widths are 8 or more."""
     if " | " in rule:
         return value in rule.split(" | ")
     if rule.startswith("height, width"):
@@ -108,15 +93,20 @@ def parse(key: str, value, where):
             value = float(value)
     if not fits(value, default, rule):
         near = difflib.get_close_matches(str(value), rule.split(" | "), 1)
-        raise UserError(f"{where}: '{key}' must be of type {type(default).__name__} ({rule or '0 or more'}), not "
-                        f"{value!r}{f'; did you mean {near[0]}?' if near else ''}")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        kind = f"{type(default).__name__} ({rule or '0 or more'})"
+        raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}{hint}")
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def load_config(path, overrides=()) -> SimpleNamespace:
     """cfg.yaml's defaults, then the YAML file, then `key=value` overrides; see `nested`."""
     defaults, _, sections = schema()
-    flat = defaults | {k: parse(k, v, path) for k, v in flatten(read_yaml(path), sections).items()}
+    flat = dict(defaults)
+    for key, value in read_yaml(path).items():
+        inside = key in sections and isinstance(value, dict)
+        part = {f"{key}.{k}": v for k, v in value.items()} if inside else {str(key): value}
+        flat |= {k: parse(k, v, path) for k, v in part.items()}
     for item in overrides:
         key, _, text = item.partition("=")
         try:
@@ -126,7 +116,7 @@ def load_config(path, overrides=()) -> SimpleNamespace:
         flat[key] = parse(key, value, "command line")
     if not re.fullmatch(r"[\w-][\w.-]*", flat["name"]):
         raise UserError(f"'name' is made of letters, digits, '.', '_' and '-', not {flat['name']!r}")
-    for key, size in [(k, f"{role}.size") for k in flat if k.endswith(".crop") for role in ("source", "target")]:
+    for key, size in [(k, s) for k in flat if k.endswith(".crop") for s in ("source.size", "target.size")]:
         if any(c > s for c, s in zip(flat[key], flat[size], strict=False)):
             raise UserError(f"'{key}' {flat[key]} is larger than '{size}' {flat[size]}; lower it")
     return nested(flat)
@@ -136,18 +126,14 @@ def nested(flat: dict) -> SimpleNamespace:
     """{dotted key: value} as namespaces, `cfg.gan.steps`, with the dictionary itself in `cfg.flat`."""
     cfg = SimpleNamespace(flat=flat)
     for key, value in flat.items():
-        head, _, leaf = key.rpartition(".")
-        if head and not hasattr(cfg, head):
-            setattr(cfg, head, SimpleNamespace())
-        setattr(getattr(cfg, head) if head else cfg, leaf, value)
+        section, _, name = key.rpartition(".")
+        part = vars(cfg).setdefault(section, SimpleNamespace()) if section else cfg
+        setattr(part, name, value)
     return cfg
 
 
 def command_line(*flags) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """Parses `STAGE.py [CFG] [key=value ...]` and flags, (name, argparse's settings) each. Returns (cfg, args).
-
-    args.items: the words, quoted for the shell. The manual is printed where this file is imported.
-    """
+    """(cfg, args) of `STAGE.py [CFG] [key=value ...]` and flags, (name, argparse's settings) each."""
     def error(message):
         raise UserError(f"command line: {message}; --help explains the arguments")
 
@@ -158,13 +144,19 @@ def command_line(*flags) -> tuple[SimpleNamespace, SimpleNamespace]:
         parser.add_argument(name, **settings)
     args = parser.parse_intermixed_args()
     files = [item for item in args.items if "=" not in item or os.path.isfile(item)]
-    if len(files) > 1:
+    path, *others = files or [SCHEMA]
+    if others:
         error(f"one config file, not {' and '.join(files)}; overrides are key=value")
-    path = Path(files[0]) if files else SCHEMA
-    path = path if path.exists() else HERE / path  # called from another folder
+    path = path if os.path.exists(path) else HERE / path  # called from another folder
     cfg = load_config(path, [item for item in args.items if item not in files])
-    args.items = shlex.join(args.items)
-    join_processes(cfg)
+    args.items = shlex.join(args.items)  # for the command of the next stage
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # meet torchrun's other processes
+        gpu = get_device(cfg).type == "cuda"
+        if gpu:
+            torch.cuda.set_device(get_device(cfg))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
     return cfg, args
 
 
@@ -184,34 +176,30 @@ def run_main(main) -> None:
         line = f"out of memory ({str(error).partition('. ')[0] or 'CPU'}); lower batch, crop or size"
     except BrokenPipeError:  # who read our output has gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(0)
+        return
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # a full disk, a folder without permission
-        if not error.filename:
-            raise
-        line = f"{error.filename}: {error.strerror}; mend that and run the same command again"
+        line = f"{error.filename or 'output'}: {error.strerror or error}; mend that and run it again"
     print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
     sys.exit(2)
 
 
 # -------------------------------------------------------------------------------- device, seeds and processes
-
-
 def get_device(cfg) -> torch.device:
-    """The device that `device` names, for this process. Raises UserError where it does not exist."""
+    """The device that `device` names, for this process. Raises UserError where there is none."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, each process its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, each its own
     if name not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        raise UserError(f"device={name}: not there, {torch.cuda.device_count()} CUDA devices are; use device=auto")
+        raise UserError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices; use device=auto")
     return torch.device(name)
 
 
 def get_precision(cfg, device: torch.device) -> str:
-    """`precision`, with auto resolved: bfloat16 on a GPU that has it; on CPUs small networks gain nothing by it."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return cfg.precision if cfg.precision != "auto" else "bfloat16" if fast else "float32"
+    """`precision`; auto is bfloat16 on a GPU that has it. On CPUs small networks gain nothing by it."""
+    auto = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return auto if cfg.precision == "auto" else cfg.precision
 
 
 def autocast(device: torch.device, precision: str):
@@ -220,7 +208,7 @@ def autocast(device: torch.device, precision: str):
 
 
 def key_seed(*key) -> int:
-    """A 63-bit seed that is a function of its arguments alone, such as (seed, "gan", step)."""
+    """A 63-bit seed that is a function of its arguments alone, such as (seed, stage, step)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
@@ -230,8 +218,8 @@ def random_generator(*key) -> np.random.Generator:
 
 
 def seed_torch(*key) -> None:
-    """Makes dropout and noise of what follows a function of the key, such as (seed, stage, step), and the process."""
-    torch.manual_seed(key_seed(*key) + rank())
+    """Makes the draws that follow a function of the key, and but for first weights of the process."""
+    torch.manual_seed(key_seed(*key) + rank() * (key[-1] != "init"))
 
 
 def world() -> int:
@@ -242,17 +230,6 @@ def world() -> int:
 def rank() -> int:
     """Number of this process, 0 ... world() - 1. Process 0 alone writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def join_processes(cfg) -> None:
-    """Meets torchrun's other processes, if there are any: by gloo on CPUs, by nccl on GPUs."""
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        device = get_device(cfg)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        if rank():
-            sys.stdout = open(os.devnull, "w")
 
 
 def all_reduce(x: torch.Tensor, op: str = "SUM") -> torch.Tensor:
@@ -271,15 +248,9 @@ def average_gradients(net: torch.nn.Module) -> None:
             g.copy_(part.view_as(g))
 
 
-# ------------------------------------------------------------------------------------------------------- files
-
-
+# ------------------------------------------------------------------------------------------- files and sheets
 def atomic_write(path: Path, write, keep: Path | None = None) -> None:
-    """Calls write(file) on a temporary file, flushes it to disk and renames it to `path`: all or nothing.
-
-    keep: the name that the file which is there now gets; by default it is replaced.
-    """
-    path = Path(path)
+    """All or nothing: write(file) fills a temporary file, which then replaces `path`, kept as `keep`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -291,16 +262,13 @@ def atomic_write(path: Path, write, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError in a RuntimeError
-        if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
-            raise
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', 0) or 'disk full?'}); mend that "
-                        "and run the same command again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}); mend that and run it again") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, obj) -> None:
-    """Writes an object as indented JSON, all or nothing."""
     atomic_write(path, lambda file: file.write((json.dumps(obj, indent=1) + "\n").encode()))
 
 
@@ -314,16 +282,13 @@ def read_json(path, keys: dict, mend: str) -> dict:
 
 
 def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
-    """Loads a checkpoint onto the CPU, tensors and plain values only: no code in it is run.
-
-    parts: the state dicts that it must hold. Raises UserError, with `mend`, for a file that cannot be used.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; {mend}")
+    """A checkpoint with these state dicts, on the CPU; runs no code in it. Raises UserError with `mend`."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            assert not any(record.compress_type for record in archive.infolist())  # it could grow without bound
+        with zipfile.ZipFile(path) as archive:  # a compressed one could grow without bound
+            assert not any(record.compress_type for record in archive.infolist())
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; {mend}") from None
     except Exception as error:  # torch raises half a dozen types for what it refuses
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
     for key, kind in ({"step": int, "config": dict, "classes": list} | dict.fromkeys(parts, dict)).items():
@@ -332,24 +297,19 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
     return state
 
 
-def load_weights(module: torch.nn.Module, state: dict, where) -> None:
-    """load_state_dict that names the file and one difference."""
+def load_weights(module, state: dict, where) -> None:
+    """load_state_dict of a network or optimiser. Raises UserError that names the file and one difference."""
+    what = "optimiser " if isinstance(module, torch.optim.Optimizer) else ""
     try:
+        if what:  # a fused one crashes the process where shapes differ
+            parameters = [p for group in module.param_groups for p in group["params"]]
+            for i, moments in state["state"].items():
+                shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
+                assert shapes == {parameters[i].shape}, f"shape of parameter {i}"
         module.load_state_dict(state)
     except Exception as error:  # whatever a foreign file makes torch trip over
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{where}: of another architecture ({reason}); use the config it was made with") from None
-
-
-def load_optimiser(optimiser: torch.optim.Optimizer, state: dict, where) -> None:
-    """load_state_dict that first compares shapes: a fused optimiser crashes the process where they differ."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    try:
-        for i, moments in state["state"].items():
-            assert all(moments[name].shape == parameters[i].shape for name in ("exp_avg", "exp_avg_sq"))
-        optimiser.load_state_dict(state)
-    except Exception:  # as above
-        raise UserError(f"{where}: optimiser of another architecture; use the config it was made with") from None
+        reason = str(error).rpartition("\n")[2].strip()
+        raise UserError(f"{where}: {what}of another architecture ({reason}); use its own config") from None
 
 
 def weights_digest(state: dict) -> str:
@@ -363,177 +323,12 @@ def weights_digest(state: dict) -> str:
 def environment(device: torch.device, precision: str) -> dict:
     """What a result depends on beside the config: commit, versions, device, arithmetic."""
     git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=10"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "device": name,
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(), "precision": precision,
-            "python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-# -------------------------------------------------------------------------------------------------- run folder
-
-# Keys that may change between two starts of one run: they do not change what it computes.
-FREE_KEYS = ("name", "output", "device", "workers", "log_every", "sheet_every", "save_every", "inference_batch",
-             "source.root", "target.root", "precision")  # fmt: skip
-
-
-def stage_config(cfg, sections: tuple) -> dict:
-    """{key: value} of the keys that change what a stage with these sections computes ("" is the top level)."""
-    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
-
-
-def refuse_changes(then: dict, now: dict, where) -> None:
-    """Raises UserError with what of `now` (config, digests) differs from what `where` was made with."""
-    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
-    if changed:
-        raise UserError(f"{where}: made with another config or other data: {', '.join(changed)}; put that back, "
-                        "choose another 'name', or use --restart where it was made")
-
-
-_locks = {}  # an open file is what holds a lock
-
-
-def lock_folder(folder: Path) -> None:
-    """Keeps other processes out of `folder` until this one ends. Raises UserError if one is in it.
-
-    A POSIX lock dies with its process, and a loader's processes do not inherit it. --restart may move the folder.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _locks[folder] = open(folder.parent / f".{folder.name}.lock", "a")
-    try:
-        fcntl.lockf(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{folder}: in use by another process; wait, or choose another 'name'") from None
-
-
-class Run:
-    """One stage's folder OUTPUT/NAME/STAGE: lock, config, log, TensorBoard events, sheets, checkpoints.
-
-    sections: config sections on which the result depends; data: {name: digest} of what it reads; steps: how many
-    there will be. A folder that holds a run of another config or other data is refused. Nothing but the lock is
-    written before `begin`.
-
-    The state of a run is its checkpoint alone: draws are a function of (seed, stage, step), learning rates of
-    (step, steps), the log is cut back to the checkpoint. So a run that continues ends with the same bits.
-    """
-
-    def __init__(self, cfg, stage: str, sections: tuple, data: dict, steps: int, restart: bool = False):
-        self.cfg, self.stage, self.steps, self.signal = cfg, stage, steps, 0
-        self.folder, self.device = Path(cfg.output, cfg.name, stage), get_device(cfg)
-        self.precision = get_precision(cfg, self.device)
-        self.config, self.data = cfg.flat | {"precision": self.precision}, data | {"processes": world()}
-        if rank() == 0:
-            lock_folder(self.folder)
-            if restart and self.folder.exists():
-                aside = self.folder.rename(f"{self.folder}.{time.time_ns() // 10**6}")
-                print(f"--restart: the old {self.folder} is now {aside}")
-        all_reduce(torch.zeros(1))  # the others look when process 0 has moved it
-        self.path, before, self.state = self.folder / "last.pt", self.folder / "previous.pt", None
-        if self.path.exists() or before.exists():  # a kill may have come between two renames
-            mend = f"rename {before} to it and go on from there, or use --restart"
-            self.state = load_checkpoint(self.path if self.path.exists() else before, mend)
-            watched = stage_config(cfg, sections) | {"precision": self.precision} | self.data
-            refuse_changes(self.state["config"] | self.state.get("data", {}), watched, self.path)
-        self.start = self.state["step"] if self.state else 0
-
-    def finished(self) -> bool:
-        """Whether the checkpoint is the last step's; says so."""
-        done = self.state is not None and self.start >= self.steps
-        if done:
-            print(f"{self.stage}: {self.folder} is finished, at step {self.start}; nothing to do")
-        return done
-
-    def begin(self) -> None:
-        """Opens log and progress bar. From now on a signal to stop is kept until the step is done."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._keep_signal)
-        self.bar = tqdm(total=self.steps, initial=self.start, desc=self.stage, disable=rank() > 0,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-        if rank():
-            return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        here, log = environment(self.device, self.precision), self.folder / "log.jsonl"
-        text = yaml.safe_dump(self.config, sort_keys=False)
-        atomic_write(self.folder / "config.yaml", lambda file: file.write(text.encode()))
-        write_json(self.folder / f"run-{self.start:07d}.json", here)
-        lines = log.read_text(errors="replace").splitlines(True) if log.exists() else []
-        # What comes after the checkpoint will be computed, and written, again.
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
-        atomic_write(log, lambda file: file.write("".join(kept).encode()))
-        self.log_file = open(log, "a")
-        self.events = SummaryWriter(self.folder, purge_step=self.start + 1 if self.state else None)
-        print(f"{self.stage}: {self.folder} · {world()} x {here['device']} · {self.precision} · torch "
-              f"{here['torch']} · commit {here['commit']}" + f" · from step {self.start}" * (self.start > 0))
-
-    def _keep_signal(self, number, _frame) -> None:
-        if self.signal:  # a second one ends at once
-            raise SystemExit(128 + number)
-        self.signal = number
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
-
-    def due(self, what: str, step: int) -> bool:
-        """Whether "log", "sheet" or "save" is due: each WHAT_every steps, at the last, and to save on a signal."""
-        if what == "save" and world() > 1:  # what one process has heard, all act upon after the same step
-            self.signal = int(all_reduce(torch.tensor(self.signal), "MAX"))
-        every = getattr(self.cfg, f"{what}_every")
-        return step == self.steps or step % every == 0 or (what == "save" and self.signal > 0)
-
-    def log(self, step: int, terms: dict) -> None:
-        """Moves the bar; where due, writes terms to log.jsonl and TensorBoard: means over the processes.
-
-        Raises UserError for one that is not finite. On a GPU only logged steps are looked at: looking waits.
-        """
-        self.bar.update()
-        due = self.due("log", step)
-        if not due and self.device.type == "cuda":
-            return
-        values = torch.tensor([float(v) for v in terms.values()], dtype=torch.float64)
-        values = all_reduce(values) / world() if due else values
-        values = dict(zip(terms, values.tolist(), strict=True))
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from "
-                                "before it: lower the learning rate, or use precision=float32")
-            if due and rank() == 0:
-                self.events.add_scalar(f"{self.stage}/{name}", value, step)
-        if due and rank() == 0:
-            print(json.dumps({"step": step, **values}), file=self.log_file, flush=True)
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
-
-    def sheet(self, step: int, name: str, image: Image.Image) -> None:
-        """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""
-        if rank() == 0:
-            path = self.folder / "sheets" / f"{name}-{step:07d}.png"
-            atomic_write(path, lambda file: image.save(file, "PNG"))
-            self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
-
-    def save(self, step: int, **state) -> None:
-        """Writes last.pt, all or nothing, and keeps the one before. After a signal the process then ends."""
-        if rank() == 0:
-            state |= {"step": step, "config": self.config, "data": self.data}
-            atomic_write(self.path, lambda file: torch.save(state, file), self.folder / "previous.pt")
-        self.stop_if_asked()
-
-    def stop_if_asked(self) -> None:
-        """Ends the process, with the conventional status, if a signal has come."""
-        if self.signal:
-            self.close()
-            print(f"{self.stage}: stopped; the same command continues", file=sys.stderr)
-            raise SystemExit(128 + self.signal)
-
-    def close(self) -> None:
-        """Closes bar, log and events; signals do again what they did before."""
-        self.bar.close()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if rank() == 0:
-            self.log_file.close()
-            self.events.close()
-
-
-# ------------------------------------------------------------------------------------------------------ sheets
+            "commit": commit, "precision": precision, "python": sys.version.split()[0],
+            "torch": str(torch.__version__), "numpy": np.__version__}  # fmt: skip
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -552,3 +347,154 @@ def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
             picture = Image.fromarray(row[c]).resize((w, h), Image.NEAREST)
             sheet.paste(picture, (c * (w + 4), r * (h + 4) + 16))
     return sheet
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+FREE_KEYS = ("name", "output", "device", "precision", "workers", "inference_batch", "log_every",
+             "sheet_every", "save_every", "source.root", "target.root")  # fmt: skip
+HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}  # before a run
+
+
+def stage_config(cfg, sections: tuple) -> dict:
+    """{key: value} of these sections ("" is the top level) but FREE_KEYS, which do not change a result."""
+    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
+
+
+def refuse_changes(then: dict, now: dict, where) -> None:
+    """Raises UserError with what of `now` (config, digests) differs from what `where` was made with."""
+    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
+    if changed:
+        raise UserError(f"{where}: made with another config or other data: {', '.join(changed)}; put that "
+                        "back, choose another 'name', or use --restart where it was made")
+
+
+def lock_folder(folder: Path) -> None:
+    """Keeps other processes, but a loader's, out of `folder` until this one ends. Raises UserError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_WRONLY | os.O_CREAT, 0o666)  # never closed
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder}: in use by another process; wait, or choose another 'name'") from None
+
+
+class Run:
+    """One stage's folder OUTPUT/NAME/STAGE: lock, config, log, TensorBoard events, sheets, checkpoints.
+
+    sections: of the config, on which the result depends; data: {name: digest} of what it reads. `begin` is
+    the first to write. Raises UserError for a folder in use, or with a run of another config or other data.
+
+    The state of a run is its checkpoint alone: draws are a function of (seed, stage, step), learning rates of
+    (step, steps), the log is cut back to the checkpoint. So a run that continues ends with the same bits.
+    """
+
+    def __init__(self, cfg, stage: str, sections: tuple, data: dict, steps: int, restart: bool = False):
+        self.cfg, self.stage, self.steps, self.signal = cfg, stage, steps, 0
+        self.folder, self.device = Path(cfg.output, cfg.name, stage), get_device(cfg)
+        self.precision = get_precision(cfg, self.device)
+        self.config, self.data = cfg.flat | {"precision": self.precision}, data | {"processes": world()}
+        if rank() == 0:
+            lock_folder(self.folder)
+            if restart and self.folder.exists():
+                aside = self.folder.rename(f"{self.folder}.{time.time_ns()}")
+                print(f"--restart: the old {self.folder} is now {aside}")
+        all_reduce(torch.zeros(1))  # the others look when process 0 has moved it
+        self.path, self.previous, self.state = self.folder / "last.pt", self.folder / "previous.pt", None
+        if self.path.exists() or self.previous.exists():  # a kill may have come between two renames
+            path, mend = self.path if self.path.exists() else self.previous, "use previous.pt, or --restart"
+            self.state = load_checkpoint(path, mend)
+            watched = stage_config(cfg, sections) | {"precision": self.precision} | self.data
+            refuse_changes(self.state["config"] | self.state.get("data", {}), watched, self.path)
+        self.start = self.state["step"] if self.state else 0
+
+    def finished(self) -> bool:
+        """Whether the checkpoint is the last step's; says so."""
+        if self.state and self.start >= self.steps:
+            print(f"{self.stage}: {self.folder} is finished, at step {self.start}; nothing to do")
+        return self.state is not None and self.start >= self.steps
+
+    def begin(self) -> None:
+        """Opens log and progress bar. From now on a signal to stop is kept until the step is done."""
+        for number, handler in HANDLERS.items():
+            if handler != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                signal.signal(number, self._keep_signal)
+        self.bar = tqdm(total=self.steps, initial=self.start, desc=self.stage, disable=rank() > 0,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+        if rank():
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        for left in self.folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
+        info, log = environment(self.device, self.precision), self.folder / "log.jsonl"
+        atomic_write(self.folder / "config.yaml", lambda f: yaml.safe_dump(self.config, f, encoding="utf-8"))
+        write_json(self.folder / f"run-{self.start:07d}.json", info)
+        lines = log.read_text(errors="replace").splitlines(True) if log.exists() else []
+        # What comes after the checkpoint will be computed, and written, again.
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
+        atomic_write(log, lambda file: file.write("".join(kept).encode()))
+        self.log_file = open(log, "a")
+        self.events = SummaryWriter(self.folder, purge_step=self.start + 1 if self.state else None)
+        print(f"{self.folder}: from step {self.start} · {world()} x {info['device']} · {self.precision} · "
+              f"torch {info['torch']} · commit {info['commit']}")
+
+    def _keep_signal(self, number, _frame) -> None:
+        if self.signal:  # a second one ends at once
+            raise SystemExit(128 + number)
+        self.signal = number
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
+
+    def due(self, what: str, step: int) -> bool:
+        """Whether "log", "sheet" or "save" is: each WHAT_every steps, at last, and to save by a signal."""
+        if what == "save" and world() > 1:  # what one process has heard, all act upon after the same step
+            self.signal = int(all_reduce(torch.tensor(self.signal), "MAX"))
+        every = getattr(self.cfg, f"{what}_every")
+        return step == self.steps or step % every == 0 or (what == "save" and self.signal > 0)
+
+    def log(self, step: int, terms: dict) -> None:
+        """Writes terms, means over the processes, where due. Raises UserError for one that is not finite."""
+        self.bar.update()
+        due = self.due("log", step)
+        if not due and self.device.type == "cuda":  # a look at a term waits for the GPU
+            return
+        values = torch.tensor([float(v) for v in terms.values()], dtype=torch.float64)
+        values = all_reduce(values) / world() if due else values
+        values = dict(zip(terms, values.tolist(), strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from"
+                                " before it: lower the learning rate, or use precision=float32")
+            if due and rank() == 0:
+                self.events.add_scalar(f"{self.stage}/{name}", value, step)
+        if due and rank() == 0:
+            print(json.dumps({"step": step, **values}), file=self.log_file, flush=True)
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def sheet(self, step: int, name: str, image: Image.Image) -> None:
+        """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""
+        if rank() == 0:
+            atomic_write(self.folder / f"sheets/{name}-{step:07d}.png", lambda file: image.save(file, "PNG"))
+            self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
+
+    def save(self, step: int, **state) -> None:
+        """Writes last.pt, all or nothing, and keeps the one before. After a signal the process then ends."""
+        if rank() == 0:
+            state |= {"step": step, "config": self.config, "data": self.data}
+            atomic_write(self.path, lambda file: torch.save(state, file), self.previous)
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Ends the process, with the conventional status, if a signal has come."""
+        if self.signal:
+            self.close()
+            print(f"{self.stage}: stopped; the same command continues", file=sys.stderr)
+            raise SystemExit(128 + self.signal)
+
+    def close(self) -> None:
+        """Closes bar, log and events; signals do again what they did before."""
+        self.bar.close()
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
+        if rank() == 0:
+            self.log_file.close()
+            self.events.close()

@@ -12,7 +12,7 @@ last checkpoint.
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, autocast, average_gradients, command_line, load_optimiser, load_weights, make_sheet,
+    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet,
     random_generator, rank, run_main, seed_torch, to_uint8, write_json,
 )  # fmt: skip
 
@@ -56,8 +56,8 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
         f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
         optimiser = adamw(f_seg, c.lr, cfg.head_lr, cfg.weight_decay)
         if run.state:
-            load_weights(f_seg, run.state["f_seg"], run.path)
-            load_optimiser(optimiser, run.state["optimiser"], run.path)
+            load_weights(f_seg, run.state.get("f_seg"), run.path)
+            load_weights(optimiser, run.state.get("optimiser"), run.path)
         if cfg.compile:  # in place, so that the names in checkpoints stay
             f_seg.compile(dynamic=False)
         # Jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
@@ -183,8 +183,8 @@ def build_nets(cfg, f_seg, run: Run) -> SimpleNamespace:
         optimiser = torch.optim.Adam(groups, lr, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
         setattr(nets, opt, optimiser)
         if run.state:
-            load_weights(getattr(nets, net), run.state[net], run.path)
-            load_optimiser(optimiser, run.state[opt], run.path)
+            load_weights(getattr(nets, net), run.state.get(net), run.path)
+            load_weights(optimiser, run.state.get(opt), run.path)
         if cfg.compile:
             getattr(nets, net).compile(dynamic=False)
     return nets
@@ -225,8 +225,8 @@ def check_keys(cfg) -> None:
     if not c.crop and cfg.source.size != cfg.target.size:
         raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
     if view > min(size) or 2 * 2**c.downsamples > min(size):
-        raise UserError(f"gan.d_layers, gan.d_scales: D's scores would see {view} pixels of {size}, and G's content "
-                        f"have {min(size) >> c.downsamples} cells; lower them, or gan.downsamples")
+        raise UserError(f"gan.d_layers, gan.d_scales: D's scores would see {view} pixels of {size}, and G's "
+                        f"content have {min(size) >> c.downsamples} cells; lower them, or gan.downsamples")
     if 0 < c.steps <= c.warmup_steps:
         raise UserError(f"gan.warmup_steps={c.warmup_steps}: G would never see D; lower it")
     if not cfg.fseg.steps and not cfg.fseg.checkpoint:

@@ -21,8 +21,8 @@ import copy
 from types import SimpleNamespace
 
 from runtime import (
-    Run, autocast, average_gradients, command_line, load_optimiser, load_weights, make_sheet, run_main,
-    seed_torch, to_uint8,
+    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet,
+    run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
@@ -88,16 +88,16 @@ def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
     student = student.to(run.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimiser = adamw(student, c.lr, cfg.head_lr, cfg.weight_decay)
+    weight = class_weights(labelled.pixels, cfg.balance).to(run.device) if cfg.balance else None
+    nets = SimpleNamespace(student=student, teacher=teacher, optimiser=optimiser, weight=weight)
     if run.state:
-        load_weights(student, run.state["student"], run.path)
-        load_weights(teacher, run.state["teacher"], run.path)
-        load_optimiser(optimiser, run.state["optimiser"], run.path)
+        for name in ("student", "teacher", "optimiser"):
+            load_weights(getattr(nets, name), run.state.get(name), run.path)
     for net in (student, teacher):
         net.train()  # dropout is one of the perturbations, of both
         if cfg.compile:  # in place, so that the names in checkpoints stay
             net.compile(dynamic=False)
-    weight = class_weights(labelled.pixels, cfg.balance).to(run.device) if cfg.balance else None
-    return SimpleNamespace(student=student, teacher=teacher, optimiser=optimiser, weight=weight)
+    return nets
 
 
 @torch.inference_mode()
@@ -139,7 +139,10 @@ def open_domains(cfg) -> dict:
 
 def main() -> None:
     cfg, args = command_line(("--restart", {"action": "store_true"}))
-    c, domains = cfg.selfens, open_domains(cfg)
+    c = cfg.selfens
+    if not c.steps:
+        raise UserError("selfens.steps=0: nothing would be trained; raise it")
+    domains = open_domains(cfg)
     val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
     sections = ("", "source", "target", *["augment"] * ("augmented" in domains), "selfens")
     data = {f"{name} train": scenes.digest for name, scenes in domains.items()}

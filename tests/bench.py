@@ -1,11 +1,11 @@
 """What a training step costs. Not a test: run it by hand on an idle machine.
 
-    python tests/bench.py [CFG key=value ...]               steps of the GAN and of self-ensembling over their bare passes
-    python tests/bench.py [CFG key=value ...] --count       parameters, FLOPs and memory of each stage's step, not run
-    python tests/bench.py [CFG key=value ...] --munit DIR   the GAN's step against MUNIT's own, DIR a clone of NVlabs/MUNIT
+    python tests/bench.py [CFG key=value ...]              training steps over their bare passes
+    python tests/bench.py [CFG key=value ...] --count      parameters, FLOPs and memory of each step, not run
+    python tests/bench.py [CFG key=value ...] --munit DIR  the GAN's step against MUNIT's, DIR a clone of it
 
-The first two print ratios of things that took turns in one run. --munit runs both at MUNIT's published widths
-(synthia2cityscape, without its perceptual loss), 128x256, batch 1, float32, one thread, each in a process of its own.
+The first prints ratios of things that took turns. --munit runs both at MUNIT's published widths
+(synthia2cityscape, without its perceptual loss), 128x256, batch 1, float32, one thread, a process each.
 """
 
 import json
@@ -22,6 +22,7 @@ from runtime import autocast, command_line, get_device, get_precision, nested, r
 
 # isort: split
 import torch  # noqa: E402
+import yaml  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from datasets import class_list  # noqa: E402
@@ -42,7 +43,7 @@ def images(n: int, size, device):
 
 
 def seconds(functions: dict, rounds: int) -> dict:
-    """{name: median seconds} of functions that take turns; on a CPU its own seconds, whatever else runs there."""
+    """{name: median seconds} of functions that take turns; on a CPU its own, whatever else runs there."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -62,7 +63,8 @@ def gan(cfg, classes: int, device, cast):
     for net in (nets.f_seg, nets.G, nets.D):
         net.to(device, memory_format=torch.channels_last)
     nets.f_seg.eval().requires_grad_(False)
-    nets.opt_g, nets.opt_d = (torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (nets.G, nets.D))
+    for name, net in (("opt_g", nets.G), ("opt_d", nets.D)):
+        setattr(nets, name, torch.optim.Adam(net.parameters(), 1e-4, fused=True))
     x_s, x_t = (images(c.batch, c.crop or cfg.source.size, device) for _ in range(2))
     y_s = torch.randint(0, classes, (c.batch, *x_s.shape[-2:]), device=device)
 
@@ -84,9 +86,11 @@ def gan(cfg, classes: int, device, cast):
 def selfens(cfg, classes: int, device, cast):
     """(a step of tgcf_da_se, its bare passes) as functions."""
     c = cfg.selfens
-    student, teacher = (build_segmenter(cfg, classes).to(device, memory_format=torch.channels_last) for _ in range(2))
-    teacher.requires_grad_(False)
-    nets = SimpleNamespace(student=student, teacher=teacher, weight=None, optimiser=adamw(student, 1e-4, 10.0, 0.01))
+    student, teacher = (build_segmenter(cfg, classes) for _ in range(2))
+    for net in (student, teacher.requires_grad_(False)):
+        net.to(device, memory_format=torch.channels_last)
+    optimiser = adamw(student, 1e-4, 10.0, 0.01)
+    nets = SimpleNamespace(student=student, teacher=teacher, weight=None, optimiser=optimiser)
     batch = {name: images(c.batch, c.crop or cfg.source.size, device) for name in ("x_s", "x_g", "x_t")}
     y_s = torch.randint(0, classes, (c.batch, *batch["x_s"].shape[-2:]), device=device)
 
@@ -103,45 +107,44 @@ def selfens(cfg, classes: int, device, cast):
 
 
 def count(cfg, classes: int) -> None:
-    """Prints parameters, TFLOP and GiB that the backward pass keeps (float32) of each step, on paper."""
+    """Prints of each step parameters, TFLOP, and GiB that the backward pass keeps in float32, on paper."""
     kept = {}
 
     def keep(x):
         kept[x.untyped_storage()._cdata] = x
         return x
 
-    print(f"{'step':<10}{'million parameters':>20}{'TFLOP':>10}{'GiB kept':>10}{'steps':>9}{'PFLOP in all':>14}")
+    print(f"{'step':<10}{'10^6 parameters':>16}{'TFLOP':>10}{'GiB kept':>10}{'steps':>9}{'PFLOP in all':>14}")
     with torch.device("meta"):
         cast, device = autocast(torch.device("cpu"), "float32"), torch.device("meta")
         f_seg = build_fseg(cfg, classes)
         x = images(cfg.fseg.batch, cfg.fseg.crop or cfg.source.size, device)
-        nets = {"f_seg": (lambda: f_seg(x).sum().backward(), cfg.fseg.steps, [f_seg]),
-                "gan": (gan(cfg, classes, device, cast)[1], cfg.gan.steps, [build_generator(cfg), build_discriminator(cfg)]),
-                "selfens": (selfens(cfg, classes, device, cast)[1], cfg.selfens.steps, [build_segmenter(cfg, classes)])}
-        for name, (function, steps, some) in nets.items():
+        both = [build_generator(cfg), build_discriminator(cfg)]
+        rows = [("f_seg", lambda: f_seg(x).sum().backward(), cfg.fseg.steps, [f_seg]),
+                ("gan", gan(cfg, classes, device, cast)[1], cfg.gan.steps, both),
+                ("selfens", selfens(cfg, classes, device, cast)[1], cfg.selfens.steps,
+                 [build_segmenter(cfg, classes)])]  # fmt: skip
+        for name, function, steps, nets in rows:
             kept.clear()
-            with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with FlopCounterMode(display=False) as flops, hooks:
                 function()
-            tflop, gib = flops.get_total_flops() / 1e12, sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
-            parameters = sum(p.numel() for net in some for p in net.parameters()) / 1e6
-            print(f"{name:<10}{parameters:>20.1f}{tflop:>10.3f}{gib:>10.2f}{steps:>9}{tflop * steps / 1e3:>14.2f}")
+            tflop = flops.get_total_flops() / 1e12
+            gib = sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
+            million = sum(p.numel() for net in nets for p in net.parameters()) / 1e6
+            print(f"{name:<10}{million:>16.1f}{tflop:>10.3f}{gib:>10.2f}{steps:>9}"
+                  f"{tflop * steps / 1e3:>14.2f}")
 
 
 def munit_step(clone: str):
-    """MUNIT's own dis_update and gen_update as one function. Its repository names modules that no longer exist."""
+    """MUNIT's own dis_update and gen_update as one function. It names modules that no longer exist."""
     sys.path.insert(0, clone)
     sys.modules["torch.utils.serialization"] = ModuleType("serialization")
     sys.modules["torch.utils.serialization"].load_lua = None
     torch.Tensor.cuda = lambda self, *_: self
     from trainer import MUNIT_Trainer
-    from utils import get_config
 
-    try:
-        hyper = get_config(f"{clone}/configs/synthia2cityscape_folder.yaml")
-    except TypeError:  # its yaml.load has no loader
-        import yaml
-
-        hyper = yaml.safe_load(Path(clone, "configs/synthia2cityscape_folder.yaml").read_text())
+    hyper = yaml.safe_load(Path(clone, "configs/synthia2cityscape_folder.yaml").read_text())
     hyper |= {"vgg_w": 0, "display_size": 1, "new_size": 128}
     trainer, (a, b) = MUNIT_Trainer(hyper), (torch.rand(1, 3, *MUNIT["gan.crop"]) * 2 - 1 for _ in range(2))
 
@@ -159,25 +162,30 @@ def contestant(cfg, clone: str | None) -> None:
     if clone:
         step = munit_step(clone)
     else:
-        step = gan(nested(cfg.flat | MUNIT), 19, torch.device("cpu"), autocast(torch.device("cpu"), "float32"))[0]
+        cpu = torch.device("cpu")
+        step = gan(nested(cfg.flat | MUNIT), 19, cpu, autocast(cpu, "float32"))[0]
     took = seconds({"step": step}, 3)["step"]
-    print(json.dumps({"seconds": took, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": took, "MiB": more / 1024}))
 
 
 def main() -> None:
-    cfg, args = command_line(("--rounds", {"type": int, "default": 10}), ("--count", {"action": "store_true"}),
-                             ("--munit", {}), ("--contestant", {}))
+    flags = ("--rounds", {"type": int, "default": 10}), ("--count", {"action": "store_true"})
+    cfg, args = command_line(*flags, ("--munit", {}), ("--contestant", {}))
     classes = len(class_list(cfg)[1])
     if args.contestant:
         return contestant(cfg, args.contestant if args.contestant != "ours" else None)
     if args.count:
         return count(cfg, classes)
     if args.munit:
-        ours, theirs = (json.loads(subprocess.run([sys.executable, *sys.argv[:-2], "--contestant", who], check=True,
-                        capture_output=True, text=True).stdout.splitlines()[-1]) for who in ("ours", args.munit))
-        print(f"MUNIT's step / ours: {theirs['seconds'] / ours['seconds']:.2f} times the time "
-              f"({theirs['seconds']:.2f} and {ours['seconds']:.2f} s); ours takes {ours['MiB'] / theirs['MiB']:.2f} of its "
-              f"memory ({ours['MiB']:.0f} and {theirs['MiB']:.0f} MiB)")
+        found = []
+        for who in ("ours", args.munit):
+            command = [sys.executable, *sys.argv[:-2], "--contestant", who]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.append(json.loads(text.splitlines()[-1]))
+        (ours, our_memory), (theirs, their_memory) = (some.values() for some in found)
+        print(f"MUNIT's step takes {theirs / ours:.2f} times as long ({theirs:.2f} and {ours:.2f} s); ours "
+              f"needs {our_memory / their_memory:.2f} of its memory ({our_memory:.0f} and {their_memory:.0f} MiB)")
         return
     device = get_device(cfg)
     cast = autocast(device, get_precision(cfg, device))

@@ -2,9 +2,9 @@
 
     python tests/survive.py [--trials 20] [--seed 0]
 
-The trials take f_seg, GAN, augmentation and self-ensembling in turn. Each starts the stage's command in a copy
-of the folders before it, kills all its processes, once or twice, runs the command to its end, and compares
-tensors, images, logs and manifest with an undisturbed run's. Half of the kills wait until a file is written.
+The trials take f_seg, GAN, augmentation, self-ensembling in turn. Each starts the stage's command in a copy
+of the folders before it, kills its processes, once or twice, runs the command to its end, and compares
+tensors, images, logs, manifest with an undisturbed run's. Half of the kills wait until a file is written.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def start(stage: str, config: Path, output: Path) -> subprocess.Popen:
 
 
 def finish(stage: str, config: Path, output: Path) -> None:
-    _, errors = (process := start(stage, config, output)).communicate()
+    errors = (process := start(stage, config, output)).communicate()[1]
     assert process.returncode == 0, f"{stage}: status {process.returncode}\n{errors}"
 
 
@@ -62,7 +62,7 @@ def outcome(folder: Path) -> dict:
 
 
 def writing(folder: Path) -> bool:
-    return any(name.endswith(".tmp") for _, _, names in os.walk(folder) for name in names)
+    return any(name.endswith(".tmp") for *_, names in os.walk(folder) for name in names)
 
 
 def prepared(stage: str, ready: Path, output: Path) -> Path:
@@ -78,8 +78,8 @@ def trial(stage: str, config: Path, ready: Path, seconds: float, dice: random.Ra
     with tempfile.TemporaryDirectory() as output:
         folder, moments = prepared(stage, ready, Path(output)), []
         for _ in range(dice.choice((1, 2))):
-            in_write, process, begun = dice.random() < 0.5, start(stage, config, Path(output)), time.monotonic()
-            end = begun + dice.uniform(0.2, 1) * seconds
+            process, begun = start(stage, config, Path(output)), time.monotonic()
+            end, in_write = begun + dice.uniform(0.2, 1) * seconds, dice.random() < 0.5
             while process.poll() is None and (time.monotonic() < end or in_write and not writing(folder)):
                 time.sleep(0.0002 if in_write else 0.01)
             killed = process.poll() is None

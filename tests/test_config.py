@@ -147,7 +147,7 @@ def test_stages_import_the_four_shared_files_and_nothing_of_each_other():
         names |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         found[path.stem] = names & {path.stem for path in SOURCES}
     assert all(found[stage] <= {"models", "losses", "datasets", "runtime"} for stage in STAGES), found
-    assert not found["losses"] and [name for name in found if "streets" in found[name]] == ["datasets"]
+    assert not found["losses"] and [name for name in found if "streets" in found[name]] == ["pairs"]
 
 
 def test_the_code_stays_small():

@@ -18,6 +18,7 @@ from published import OFFICIAL, PAIRS, TABLES, frame_ids, make_published, save_p
 
 import check
 import datasets
+import pairs
 from datasets import Batches, Scenes, find_samples, photometric_jitter
 from losses import IGNORE
 from runtime import UserError, random_generator, read_yaml, run_main
@@ -26,7 +27,7 @@ from streets import streets_scene
 LABEL = np.tile([0, 0, 0, 0, 1, 1, 2, 9], (12, 2))  # raw ids
 IDS = {"a": 0, "b": [1, 2], "ignore": 9}
 PAIR = ["im/*", "lb/*.png"]
-LISTS = datasets.published()["class_lists"]
+LISTS = pairs.published()["class_lists"]
 
 
 def own(root, /, **overrides):
@@ -58,8 +59,8 @@ def train_ids(dataset, name):
 @pytest.mark.parametrize("dataset, name", TABLES)
 def test_published_ids_agree_with_their_sources(dataset, name):
     """One wrong entry trains a class on another's pixels; so does another order of classes."""
-    block = datasets.get_block(make_cfg(source__dataset=dataset, target__dataset=dataset), "source")
-    table = datasets.id_table(block, name, LISTS[name])
+    block = pairs.get_block(make_cfg(source__dataset=dataset, target__dataset=dataset), "source")
+    table = pairs.id_table(block, name, LISTS[name])
     assert {raw: int(v) for raw, v in enumerate(table) if v >= 0} == train_ids(dataset, name)
     if dataset == "cityscapes":
         lost = ("terrain", "truck", "train") if name == "cityscapes16" else ()
@@ -74,7 +75,7 @@ def test_published_layouts_are_read_and_held_out_by_group(tmp_path, pair):
         make_published(tmp_path / name, name)
         overrides |= {f"{role}__dataset": name, f"{role}__root": tmp_path / name}
     cfg = make_cfg(**overrides)
-    assert datasets.class_list(cfg)[0] == PAIRS[pair]
+    assert pairs.class_list(cfg)[0] == PAIRS[pair]
     for role, split in (("source", "train"), ("source", "val"), ("target", "val")):
         scenes, name = Scenes(cfg, role, split, labels=True), overrides[f"{role}__dataset"]
         for k in range(len(scenes)):
@@ -89,10 +90,10 @@ def test_published_layouts_are_read_and_held_out_by_group(tmp_path, pair):
 def test_blocks_in_a_config_or_in_the_file_read_like_the_built_in_ones(tmp_path, monkeypatch):
     """Own data takes one block and no code: wherever it stands, one parser reads it; a config's words win."""
     make_published(tmp_path, "camvid")
-    block, path = datasets.published()["camvid"], tmp_path / "datasets.yaml"
-    path.write_text(yaml.safe_dump(datasets.published() | {"mine": block}, sort_keys=False))
+    block, path = pairs.published()["camvid"], tmp_path / "datasets.yaml"
+    path.write_text(yaml.safe_dump(pairs.published() | {"mine": block}, sort_keys=False))
     tree, files, ids = read_yaml(path), block["files"], block["ids"]["camvid10"]
-    monkeypatch.setattr(datasets, "published", lambda: tree)
+    monkeypatch.setattr(pairs, "published", lambda: tree)
 
     def read(split, **way):
         way = {f"target__{key}": value for key, value in way.items()}
@@ -448,7 +449,7 @@ def test_every_bad_file_is_named_and_can_be_excluded(data, checked):
 
 @pytest.mark.parametrize("fault, words", [
     ("source.root=none", "source.root=none: no such folder"),
-    ("target.files={train: [im/*], val: [none/*, lb/*]}", "target/none: cannot be read"),
+    ("target.files={train: [im/*], val: [none/*, lb/*]}", "no val images of folder"),
     ("target.files={train: [im/*], val: [lb/*.jpg, lb/*]}", "no val images of folder"),
     ("target.files={train: [va/*], val: [va/*, lb/*]}", "va/000.png: is in target train, too"),
     ("target.root=source", "im/000.png: is in source train, too"),

@@ -51,7 +51,7 @@ def cityscapes(tmp_path_factory):
     """root, data, args, checkpoint (its path), folder of the run, result() and where val was exported."""
     root = tmp_path_factory.mktemp("cityscapes")
     make_cityscapes(root / "data")
-    part = {"dataset": "cityscapes", "root": str(root / "data"), "size": [32, 64]}
+    part = {"dataset": "cityscapes", "root": str(root / "data"), "size": [24, 40]}
     selfens = {"width": 0.2, "pretrained": "none", "steps": 60, "batch": 4, "dropout": 0.0, "lr": 0.01,
                "variant": "source_only"}  # fmt: skip
     config, folder = root / "tiny.yaml", root / "out/run"
@@ -86,7 +86,7 @@ def test_the_result_is_complete_and_adds_up(cityscapes):
     expected = {"variant": "source_only", "model": "teacher", "split": "val", "step": 40, "steps": 60,
                 "images": 9, "seed": 3, "classes": NAMES}  # fmt: skip
     assert {k: result[k] for k in expected} == expected and result["config"]["seed"] == 3
-    for word in ("19 classes", "cityscapes val", "9 images", "teacher of step 40 of 60", "64x32", "others"):
+    for word in ("19 classes", "cityscapes val", "9 images", "teacher of step 40 of 60", "40x24", "others"):
         assert word in result["protocol"]
     confusion, ious = np.array(result["confusion"]), {}
     for k, name in enumerate(NAMES):
@@ -105,17 +105,17 @@ def test_the_counts_by_a_loop_of_its_own(cityscapes):
     confusion, table = np.zeros((19, 19), int), np.full(256, 255)
     table[IDS] = range(19)
     for path in sorted((cityscapes.data / "leftImg8bit/val/bonn").iterdir()):
-        image = np.asarray(Image.open(path).resize((64, 32), Image.BILINEAR), np.float32)
+        image = np.asarray(Image.open(path).resize((40, 24), Image.BILINEAR), np.float32)
         label = path.name.replace("leftImg8bit", "gtFine_labelIds")
         label = table[np.asarray(Image.open(cityscapes.data / "gtFine/val/bonn" / label))]
         with torch.no_grad():
             logits = net(torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None])
-            for size in ((32, 64), label.shape):
+            for size in ((24, 40), label.shape):
                 logits = torch.nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
         prediction = logits[0].argmax(0).numpy()
         np.add.at(confusion, (label[label < 19], prediction[label < 19]), 1)
     stated = np.array(cityscapes.result()["confusion"])
-    assert np.abs(stated - confusion).sum() <= 0.005 * confusion.sum()  # rounding may turn a tie
+    assert np.abs(stated - confusion).sum() <= 0.001 * confusion.sum()  # rounding may turn a tie
     assert stated.sum() == confusion.sum() and (stated.sum(0) > 0).sum() > 5  # no constant prediction
 
 
@@ -256,8 +256,8 @@ def test_photos_of_a_folder_and_one_alone(stage, cityscapes, tmp_path, capsys):
     (folder / "broken.png").write_bytes(photo.read_bytes()[:60])
     (folder / "._b.jpg").write_bytes(b"macOS")
     stage("evaluate", *cityscapes.args, "--images", folder, "--out", out)
-    *_, last = capsys.readouterr().out.strip().splitlines()
-    assert last.startswith("left out: ") and "broken.png" in last
+    *_, before, last = capsys.readouterr().out.strip().splitlines()
+    assert "broken.png" in last and last.startswith("left out: ") and not before.startswith("left out: ")
     for kind in ("train_ids", "colour", "overlay"):
         files = sorted(p.relative_to(out / kind).as_posix() for p in (out / kind).rglob("*.*"))
         assert files == ["b.png", "day 1/a.png"]
