@@ -1,8 +1,8 @@
 """What lies on disk: blocks of data sets, class lists, pairs of images and labels, and how they are read.
 
 datasets.yaml holds the published data sets and class lists, and says how to add one; `dataset: folder` is
-such a block in a config. Source and target are read onto one class list. Train ids are positions in it; what is
-known but not in it is IGNORE; an unknown id is an error. `python check.py CFG` shows it.
+such a block in a config. Source and target are read onto one class list. Train ids are positions in it; what
+is known but not in it is IGNORE; an unknown id is an error. `python check.py CFG` shows it.
 """
 
 import difflib

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 from runtime import (
     Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet,
-    random_generator, rank, run_main, seed_torch, to_uint8, write_json,
+    rank, run_main, seed_torch, to_uint8, write_json,
 )  # fmt: skip
 
 # isort: split
 import numpy as np
 import torch
 
-from datasets import Batches, Scenes, colourise, measure, photometric_jitter, to_float
+from datasets import Batches, Scenes, colourise, measure, to_float
 from losses import (
     class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr,
     style_statistics,
@@ -81,27 +81,20 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
 
 
 def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
-    """IoU of f_seg on held-out source images, as is and jittered, to screen and gan/fseg/held_out.json."""
+    """IoU of f_seg on held-out source images, to the screen and gan/fseg/held_out.json."""
     def predict(x):
         with autocast(run.device, run.precision):
             return f_seg(x)
 
-    def predict_jittered(x):
-        rng = random_generator(cfg.seed, "fseg", "held-out jitter")
-        images = [photometric_jitter((image + 1) / 2, 1.0, rng) * 2 - 1 for image in x.cpu()]
-        return predict(torch.stack(images).to(x))
-
-    report = {}
-    for name, function in (("as it is", predict), ("jittered", predict_jittered)):
-        confusion = measure(function, held_out, cfg.inference_batch, run.device)
-        iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
-        per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
-        report[name] = {"mIoU": float(np.nanmean(iou)), "per class": per_class}
-        print(f"f_seg on {len(held_out)} held-out source images, {name}: mIoU {report[name]['mIoU']:.1f}; "
-              + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
-        blind = [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]
-        if blind:
-            print(f"warning: f_seg hardly reads {', '.join(blind)}; G may repaint that as anything")
+    confusion = measure(predict, held_out, cfg.inference_batch, run.device)
+    iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
+    per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
+    report = {"mIoU": float(np.nanmean(iou)), "per class": per_class}
+    print(f"f_seg on {len(held_out)} held-out source images: mIoU {report['mIoU']:.1f}; "
+          + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
+    blind = [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]
+    if blind:
+        print(f"warning: f_seg hardly reads {', '.join(blind)}; G may repaint that as anything")
     if rank() == 0:
         write_json(run.folder / "held_out.json", report)
 

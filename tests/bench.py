@@ -184,8 +184,8 @@ def main() -> None:
             text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.append(json.loads(text.splitlines()[-1]))
         (ours, our_memory), (theirs, their_memory) = (some.values() for some in found)
-        print(f"MUNIT's step takes {theirs / ours:.2f} times as long ({theirs:.2f} and {ours:.2f} s); ours "
-              f"needs {our_memory / their_memory:.2f} of its memory ({our_memory:.0f} and {their_memory:.0f} MiB)")
+        print(f"MUNIT's step takes {theirs / ours:.2f} times as long ({theirs:.2f}, {ours:.2f} s); ours needs "
+              f"{our_memory / their_memory:.2f} of the memory ({our_memory:.0f}, {their_memory:.0f} MB)")
         return
     device = get_device(cfg)
     cast = autocast(device, get_precision(cfg, device))
