@@ -201,7 +201,7 @@ class VGG16(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """Batch norm by its stored statistics, ImageNet's, in training, too; only weight and bias are trained."""
+    """Batch norm by its stored statistics, ImageNet's, in training, too: a factor and a shift per channel."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -209,15 +209,13 @@ class FixedNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Not F.batch_norm: for a map one cell wide its gradient is wrong (torch 2.14, CPU, channels last).
+    def forward(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * torch.rsqrt(self.running_var + 1e-3)
-        shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift[:, None, None].to(x), x, scale[:, None, None].to(x))
+        return scale, self.bias - self.running_mean * scale
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding; at stride 2 that of even sizes, one more at the end."""
+    """Convolution and norm in one, with TensorFlow's SAME padding: at stride 2 one more at the end."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride=1, groups=1):
         pad = kernel // 2
@@ -225,8 +223,10 @@ class SameConv2d(nn.Conv2d):
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
         self.ahead = (pad - 1, pad, pad - 1, pad) if stride == 2 else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.ahead) if self.ahead else x)
+    def forward(self, x: Tensor, norm: FixedNorm) -> Tensor:
+        scale, shift = norm()
+        weight, x = self.weight * scale[:, None, None, None], F.pad(x, self.ahead) if self.ahead else x
+        return F.conv2d(x, weight, shift, self.stride, self.padding, 1, self.groups)
 
 
 class MBConv(nn.Module):
@@ -242,8 +242,8 @@ class MBConv(nn.Module):
         self.project_conv, self.bn2 = SameConv2d(hidden, c_out, 1), FixedNorm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expand else x
-        y = self.bn2(self.project_conv(F.relu6(self.bn1(self.depthwise_conv(y)))))
+        y = F.relu6(self.expand_conv(x, self.bn0)) if self.expand else x
+        y = self.project_conv(F.relu6(self.depthwise_conv(y, self.bn1)), self.bn2)
         return x + y if self.skip else y
 
 
@@ -275,7 +275,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         """x: (N, 3, H, W) -> maps as VGG16's."""
-        x = F.relu6(self.bn0(self.conv_stem(pad_to_multiple(x, 32))))
+        x = F.relu6(self.conv_stem(pad_to_multiple(x, 32), self.bn0))
         outputs = [x := block(x) for block in self.blocks]
         return {s: outputs[i] for s, i in self.ends.items()}
 

@@ -184,7 +184,7 @@ def main() -> None:
             text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.append(json.loads(text.splitlines()[-1]))
         (ours, our_memory), (theirs, their_memory) = (some.values() for some in found)
-        print(f"MUNIT's step takes {theirs / ours:.2f} times as long ({theirs:.2f}, {ours:.2f} s); ours needs "
+        print(f"MUNIT's step takes {theirs / ours:.2f} times ours ({theirs:.1f}, {ours:.1f} s); ours needs "
               f"{our_memory / their_memory:.2f} of the memory ({our_memory:.0f}, {their_memory:.0f} MB)")
         return
     device = get_device(cfg)
