@@ -151,9 +151,7 @@ def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
     L_GAN, L_sem = lsgan_g(scores), cross_entropy(logits, y_s)
     loss, terms = L_GAN + c.lambda_sem * L_sem, {"L_D": L_D, "L_GAN": L_GAN, "L_sem": L_sem}
     terms |= {f"L_D/scale{k}": L for k, L in enumerate(per_scale, 1)}
-
-    # not in the paper: + lambda_rec L_rec;  L_rec = mean |G(x_t, x_t) - x_t|
-    if c.lambda_rec:
+    if c.lambda_rec:  # not in the paper: + lambda_rec L_rec;  L_rec = mean |G(x_t, x_t) - x_t|
         with cast:
             x_rec = G(x_t, x_t)
         terms["L_rec"] = (x_rec - x_t).abs().mean()
