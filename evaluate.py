@@ -22,10 +22,12 @@ from runtime import make_sheet, rank, read_json, run_main, write_json
 
 # isort: split
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
 from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions
-from datasets import read_image, resized
+from datasets import read_image, resized, to_float
 from losses import IGNORE, iou_from_confusion
 from models import build_segmenter, load_net, upsample
 
@@ -118,7 +120,7 @@ def summarise(cfg, args, scenes: Scenes, state: dict, confusion, sizes: set, dev
 def examples(predict, scenes: Scenes, caption: str, device) -> Image.Image:
     """Six images of the split, evenly, with their labels and predictions."""
     shown, rows = np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int)), []
-    for k, z in predictions(predict, lambda k: scenes.image(shown[k]), len(shown), 1, device):
+    for k, z in predictions(predict, lambda k: scenes.image(shown[k]), len(shown), len(shown), device):
         readings = (scenes.label(shown[k]), classify(z, scenes.size).cpu())
         picture = scenes.image(shown[k]).permute(1, 2, 0).numpy()
         rows.append([picture, *(colourise(ids, scenes.classes) for ids in readings)])
@@ -136,15 +138,15 @@ def predict_images(cfg, path: str, out: str, predict, classes: dict, device) -> 
     if len(set(names)) < len(names):
         raise UserError(f"--images {path}: two of its images differ only in suffix")
     check_folder(out, folder or "", "--out")
-    for name, file in zip(names, paths, strict=True):
+    for name, file in tqdm(list(zip(names, paths, strict=True)), "predict", mininterval=1):
         try:
             picture = read_image(str(file))
         except UserError as error:
             unreadable.append(f"left out: {error}")
             continue
-        image = resized(picture, cfg.target.size)
-        for _, z in predictions(predict, lambda _, image=image: image, 1, 1, device):
-            ids = classify(z, picture.size[::-1]).cpu().numpy()
+        with torch.inference_mode():
+            (z,) = predict(to_float(resized(picture, cfg.target.size)[None], device))
+        ids = classify(z, picture.size[::-1]).cpu().numpy()
         colour = colourise(ids, classes)
         save_png(Path(out, "train_ids", name), ids)
         save_png(Path(out, "colour", name), colour)
@@ -274,7 +276,7 @@ def main() -> None:
             yield upsample(z[None], net.stride, x.shape[-2:])[0]
 
     if args.images:
-        return predict_images(cfg, args.images, args.out, predict, classes, device)
+        return predict_images(cfg, args.images, args.out, predict, classes, device) if rank() == 0 else None
     evaluate(cfg, args, predict, state, device)
 
 
