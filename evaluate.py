@@ -2,6 +2,8 @@
 
     python evaluate.py --split val                                 the teacher of selfens.variant
     python evaluate.py CFG selfens.variant=source_only --model student
+    python evaluate.py CFG --split val+test                        both together, and each sequence of them
+    python evaluate.py CFG --checkpoint FILE                       a network that lies elsewhere
     python evaluate.py --split val --export DIR                    and label-id PNGs, as servers take them
     python evaluate.py --split test --export DIR                   the same without labels, which servers keep
     python evaluate.py --images PATH --out DIR                     predict a photo, or a folder of them
@@ -15,10 +17,11 @@ then to each label's, or image's, own size.
 """
 
 import os
+from itertools import combinations
 from pathlib import Path
 
-from runtime import UserError, atomic_write, autocast, command_line, environment, get_device, get_precision
-from runtime import make_sheet, rank, read_json, run_main, write_json
+from runtime import FREE_KEYS, UserError, atomic_write, autocast, command_line, environment, get_device
+from runtime import get_precision, make_sheet, rank, read_json, run_main, write_json
 
 # isort: split
 import numpy as np
@@ -33,9 +36,10 @@ from models import build_segmenter, load_net, upsample
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of the mIoU* that papers on SYNTHIA report
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
-FREE = ("seed", "name", "output", "device", "workers")  # keys in which runs of one row of a table may differ
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str,
-          "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list}  # fmt: skip
+          "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list,
+          "sequences": dict}  # fmt: skip
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, by degrees of freedom
 
 # ------------------------------------------------------------------------------------------------- measuring
 def save_png(path: Path, picture) -> None:
@@ -62,6 +66,18 @@ def check_folder(path: str, data: str, option: str) -> Path:
     return Path(path)
 
 
+def sequences(scenes: Scenes) -> tuple[list[str], list[int]]:
+    """(sequences, each image's number in them): a name's folder, or else what stands before its first "_".
+
+    Where a name tells none, or all are of one, there is one, "all".
+    """
+    found = [os.path.dirname(s.name) or s.name.rpartition("_")[0].partition("_")[0] for s in scenes.samples]
+    names = [*dict.fromkeys(found)]
+    if "" in names or len(names) == 1:
+        return ["all"], [0] * len(scenes)
+    return names, [names.index(name) for name in found]
+
+
 def evaluate(cfg, args, predict, state: dict, device) -> None:
     """Measures and exports one split, as args say."""
     labels = not (args.split == "test" and args.export)
@@ -75,14 +91,14 @@ def evaluate(cfg, args, predict, state: dict, device) -> None:
             save_png(folder / f"{scenes.samples[i].name}.png", raw_ids[prediction.cpu().numpy()])
 
     if labels:
-        confusion = measure(predict, scenes, cfg.inference_batch, device, seen)
+        confusions = measure(predict, scenes, cfg.inference_batch, device, sequences(scenes)[1], seen)
     else:
         for i, z in predictions(predict, scenes.image, len(scenes), cfg.inference_batch, device):
             seen(i, classify(z, read_image(scenes.samples[i].image).size[::-1]))
     if args.export:
         print(f"written: {len(scenes)} label-id PNGs below {folder}")
     if labels and rank() == 0:
-        result = summarise(cfg, args, scenes, state, confusion, sizes, device)
+        result = summarise(cfg, args, scenes, state, confusions.numpy(), sizes, device)
         variant = state["variant"]
         out = Path(cfg.output, cfg.name, "eval", f"{variant}_{args.model}_{args.split}.json")
         write_json(out, result)
@@ -91,11 +107,14 @@ def evaluate(cfg, args, predict, state: dict, device) -> None:
         print(f"written: {out} and {out.with_suffix('.png')}")
 
 
-def summarise(cfg, args, scenes: Scenes, state: dict, confusion, sizes: set, device) -> dict:
-    """What is written on one split. confusion: (C, C) counts; sizes: the labels' (height, width)."""
-    iou, config, classes = iou_from_confusion(confusion), state["config"], scenes.classes
+def summarise(cfg, args, scenes: Scenes, state: dict, confusions, sizes: set, device) -> dict:
+    """What is written. confusions: (sequences, C, C) counts; sizes: the labels' (height, width)."""
+    iou, config, classes = iou_from_confusion(confusions.sum(0)), state["config"], scenes.classes
     if np.isnan(iou).all():
         raise UserError(f"{cfg.target.root}: no labelled pixel in {args.split}; nothing to evaluate")
+    names, groups = sequences(scenes)
+    parts = {name: {"images": groups.count(k), "miou": float(np.nanmean(iou_from_confusion(confusions[k]))),
+                    "confusion": confusions[k].tolist()} for k, name in enumerate(names)}  # fmt: skip
     per_class = {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}
     step, steps, (height, width) = state["step"], config["selfens.steps"], min(sizes)
     protocol = (
@@ -108,7 +127,8 @@ def summarise(cfg, args, scenes: Scenes, state: dict, confusion, sizes: set, dev
     result = {
         "miou": float(np.nanmean(iou)), "variant": state["variant"], "model": args.model, "split": args.split,
         "step": step, "steps": steps, "seed": config["seed"], "images": len(scenes), "per_class": per_class,
-        "confusion": confusion.tolist(), "classes": list(classes), "protocol": protocol, "config": config,
+        "confusion": confusions.sum(0).tolist(), "sequences": parts, "classes": list(classes),
+        "protocol": protocol, "config": config,
         "environment": environment(device, get_precision(cfg, device)),
     }  # fmt: skip
     if scenes.class_list == "cityscapes16":
@@ -169,6 +189,8 @@ def print_result(result: dict) -> None:
     print(f"{'mIoU':<16}{percent(result['miou']):>8}")
     if "miou13" in result:
         print(f"{'mIoU*':<16}{percent(result['miou13']):>8}   over 13, without {', '.join(NOT_IN_13)}")
+    for name, part in result["sequences"].items() if len(result["sequences"]) > 1 else ():
+        print(f"{name:<16}{percent(part['miou']):>8}   mIoU of this sequence's {part['images']} images")
     absent = [name for name, iou in result["per_class"].items() if iou is None]
     if absent:
         print(f"not in the mean, because in neither label nor prediction: {', '.join(absent)}")
@@ -209,9 +231,11 @@ def collect(folders: list[str]) -> dict:
         for path in paths:
             result = read_result(path)
             config, variant = result["config"], result["variant"]
-            run = str(config.get("name")).removesuffix(f"-{config.get('seed')}")
-            key = (result["split"], result["model"], run, variant)
-            same = {k: v for k, v in config.items() if k not in FREE} | {"step": result["step"]}
+            seed = f"-{config.get('seed')}"
+            key = (result["split"], result["model"], str(config.get("name")).removesuffix(seed), variant)
+            # Paths may differ, too, if only in the seed.
+            same = {k: v.replace(seed, "-SEED") if isinstance(v, str) else v for k, v in config.items()
+                    if k not in ("seed", *FREE_KEYS)} | {"step": result["step"]}  # fmt: skip
             for k, v in alike.setdefault(key, same).items():
                 if same.get(k) != v:
                     raise UserError(f"{path}: {k} is {same.get(k)!r}, but {v!r} in another run of that name; "
@@ -220,41 +244,71 @@ def collect(folders: list[str]) -> dict:
             checkpoint = folder / "selfens" / variant / "last.pt"
             if checkpoint.exists() and os.path.getmtime(checkpoint) > os.path.getmtime(path):
                 print(f"warning: {checkpoint} is newer than {path}; run evaluate.py again")
-    return rows
+    order = {variant: k for k, variant in enumerate(VARIANTS)}
+    return {k: rows[k] for k in sorted(rows, key=lambda k: (k[2], k[0], k[1], order.get(k[3], 9)))}
 
 
 def table(folders: list[str]) -> None:
-    """Prints a row for the runs NAME-SEED; gap: % of the way from their source_only to their target_only."""
+    """Prints a row for the runs NAME-SEED, then what rows differ in.
+
+    gap: % of the way from their source_only to their target_only; >10: mIoU of the classes that their
+    target_only reads with an IoU of more than 10 %.
+    """
     rows = collect(folders)
     names = next(iter(rows.values()))[0]["classes"]
     if any(result["classes"] != names for results in rows.values() for result in results):
         raise UserError("--table: runs of different class lists; give those of one")
     wide = max(len(run) for _, _, run, _ in rows) + 2
     print("\nIoU in %, mean ± sample deviation over runs")
-    print(f"{'run':<{wide}}{'variant':<17}{'model':<9}{'split':<6}{'step':>11}{'runs':>5}{'mIoU':>14}{'gap':>6}"
-          + "".join(f"{n[:10]:>11}" for n in names))
+    print(f"{'run':<{wide}}{'variant':<17}{'model':<9}{'split':<9}{'step':>11}{'runs':>5}{'mIoU':>14}{'gap':>6}"
+          f"{'>10':>7}" + "".join(f"{n[:10]:>11}" for n in names))
     means = {key: np.mean([100 * r["miou"] for r in results]) for key, results in rows.items()}
-    for key in sorted(rows, key=lambda k: (k[2], k[0], k[1], VARIANTS.index(k[3]))):
-        results, (split, model, run, variant) = rows[key], key
+    ious = {key: {n: class_mean(results, n) for n in names} for key, results in rows.items()}
+    for key, results in rows.items():
+        split, model, run, variant = key
         values = [100 * r["miou"] for r in results]
         spread = f"{np.std(values, ddof=1):.2f}" if len(values) > 1 else "–"
         low, high = (means.get((*key[:3], end), np.nan) for end in ("source_only", "target_only"))
         gap = f"{100 * (means[key] - low) / (high - low):.0f}" if high > low else ""
-        step = f"{results[0]['step']:>5}/{results[0]['steps']:<5}"
-        line = (f"{run:<{wide}}{variant:<17}{model:<9}{split:<6}{step}{len(results):>5}"
-                f"{means[key]:>8.2f} ±{spread:>5}{gap:>6}")
-        for n in names:
-            ious = [r["per_class"][n] for r in results if r["per_class"][n] is not None]
-            line += f"{percent(np.mean(ious) if ious else None):>11}"
-        print(line)
+        upper = ious.get((*key[:3], "target_only"), {})
+        read = [ious[key][n] or 0 for n in names if (upper.get(n) or 0) > 0.1]
+        read = percent(np.mean(read)) if read else ""
+        print(f"{run:<{wide}}{variant:<17}{model:<9}{split:<9}{results[0]['step']:>5}/{results[0]['steps']:<5}"
+              f"{len(results):>5}{means[key]:>8.2f} ±{spread:>5}{gap:>6}{read:>7}"
+              + "".join(f"{percent(ious[key][n]):>11}" for n in names))
+    print_differences(rows)
+
+
+def class_mean(results: list[dict], name: str) -> float | None:
+    """Mean IoU of a class over the results that have it; None if none has."""
+    ious = [r["per_class"][name] for r in results if r["per_class"][name] is not None]
+    return np.mean(ious) if ious else None
+
+
+def print_differences(rows: dict) -> None:
+    """Paired differences in mIoU of what `collect` gives: within a run, and of a variant between runs."""
+    print("\ndifference in mIoU, mean over the seeds that both have, with its 95 % interval by Student's t")
+    for a, b in combinations(rows, 2):
+        changed = [k for k in (2, 3) if a[k] != b[k]]
+        if a[:2] != b[:2] or len(changed) != 1:
+            continue
+        first, second = ({r["config"]["seed"]: 100 * r["miou"] for r in rows[key]} for key in (a, b))
+        gains = [second[seed] - first[seed] for seed in first if seed in second]
+        words = f"  {b[2]} {b[3]} over {a[changed[0]]}, {a[0]}, {a[1]}"
+        if len(gains) > 1:
+            half = T95[min(len(gains), 10) - 2] * np.std(gains, ddof=1) / len(gains) ** 0.5
+            unsure = ", not resolved" if half >= abs(np.mean(gains)) else ""
+            print(f"{words}: {np.mean(gains):+.2f} ± {half:.2f} ({len(gains)} seeds{unsure})")
+        elif gains:
+            print(f"{words}: {gains[0]:+.2f} (1 seed)")
 
 
 # ------------------------------------------------------------------------------------------------------ main
 def main() -> None:
     cfg, args = command_line(
-        ("--split", {"choices": ("val", "train", "test"), "default": "val"}),
+        ("--split", {"choices": ("val", "train", "test", "val+test"), "default": "val"}),
         ("--model", {"choices": ("teacher", "student"), "default": "teacher"}),
-        ("--export", {}), ("--images", {}), ("--out", {}),
+        ("--checkpoint", {}), ("--export", {}), ("--images", {}), ("--out", {}),
         ("--compare", {"nargs": 2}), ("--table", {"nargs": "+"}),
     )  # fmt: skip
     if args.table:
@@ -265,7 +319,7 @@ def main() -> None:
         raise UserError("command line: --images PATH and --out DIR go together")
     device = get_device(cfg)
     cast = autocast(device, get_precision(cfg, device))
-    path = Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
+    path = args.checkpoint or Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
     classes = class_list(cfg)[1]
     net, state = load_net(path, args.model, build_segmenter, classes, device)
 

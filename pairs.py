@@ -178,6 +178,9 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     is missing. Raises UserError for a missing folder, split or name in `exclude`, and two files of one name.
     """
     part, block = getattr(cfg, role), get_block(cfg, role)
+    if "+" in split:  # as val+test
+        found = [find_samples(cfg, role, part, labels) for part in split.split("+")]
+        return tuple(sum(some, []) for some in zip(*found, strict=True))
     if part.dataset == "streets":
         return street_samples(part, role, split, labels), [], []
     root, divided = Path(part.root), "val" not in block.files and split != "test"

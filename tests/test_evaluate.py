@@ -195,11 +195,16 @@ def test_the_table_is_mean_sample_deviation_and_gap(stage, runs, capsys):
         runs(f"a-{k}", 0.2, seed=k)
         runs(f"a-{k}", 0.6, "target_only", seed=k)
     stage("evaluate", "--table", *folders, folders[0])
-    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("a ")}
+    shown = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("a ")}
     assert list(rows) == ["source_only", "tgcf_da", "target_only"]
-    assert re.match(r"a +tgcf_da +teacher +val +60/60 +3 +30\.00 ±26\.46 +25 +15\.00 +ab", rows["tgcf_da"])
+    assert re.match(r"a +tgcf_da +teacher +val +60/60 +3 +30\.00 ±26\.46 +25 +15\.00 ", rows["tgcf_da"])
     assert re.search(r"60/60 +3 +20\.00 ± 0\.00 +0 ", rows["source_only"])
     assert re.search(r"3 +60\.00 ± 0\.00 +100 ", rows["target_only"])
+    # paired over seeds: -10, 0 and 40; half of the interval: 4.30 times their deviation over the root of 3
+    half = 4.30 * np.std([-10, 0, 40], ddof=1) / 3**0.5
+    assert f"a tgcf_da over source_only, val, teacher: +10.00 ± {half:.2f} (3 seeds, not resolved)" in shown
+    assert "a target_only over source_only, val, teacher: +40.00 ± 0.00 (3 seeds)" in shown
 
 
 def test_runs_that_differ_are_not_averaged(stage, runs):
