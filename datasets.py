@@ -39,6 +39,14 @@ def resized(image: Image.Image, size) -> Tensor:
     return torch.from_numpy(np.asarray(image.resize(size[::-1], Image.BILINEAR)).transpose(2, 0, 1).copy())
 
 
+def some_labelled(samples: list[Sample], count: int) -> list[Sample]:
+    """`count` of those that have a label, evenly over the drives. Raises UserError where there are fewer."""
+    there = [sample for sample in samples if sample.label]
+    if len(there) < count:
+        raise UserError(f"target.labelled={count}: only {len(there)} images of train have labels; lower it")
+    return [there[i] for i in np.linspace(0, len(there) - 1, count).round().astype(int)]
+
+
 class Scenes:
     """The images of a role and split, resized, and labels as train ids; none is opened without `labels`.
 
@@ -51,6 +59,8 @@ class Scenes:
         self.read, self.cached, self.room = block.read, {}, CACHE_BYTES
         self.table = id_table(block, self.class_list, self.classes) if block.ids else None
         self.samples, problems, _ = find_samples(cfg, role, split, labels)
+        if labels and (role, split) == ("target", "train") and cfg.target.labelled:
+            self.samples, problems = some_labelled(self.samples, cfg.target.labelled), []
         few = np.linspace(0, len(self) - 1, 16).astype(int)
         decode = np.isin(np.arange(len(self)), few)
         with ThreadPoolExecutor(8) as pool:  # headers on a network disk are a matter of waiting
@@ -183,15 +193,17 @@ class Batches(torch.utils.data.Dataset):
         x_s (N, 3, h, w), y_s (N, h, w)   source images, jittered by `jitter`, and labels, all uint8
         x_g (N, 3, h, w)                  an augmented version of the same images, flipped and cropped alike
         x_t (N, 3, h, w)                  target images
+        x_l, y_l                          of the few labelled target images, as x_s and y_s
 
-    domains: some of {"source", "augmented", "target": Scenes}. Each goes through its images in a new random
-    order each epoch; with `rare`, source images are drawn by class. section: that of batch and crop.
+    domains: some of {"source", "augmented", "target", "labelled": Scenes}. Each goes through its images in a
+    new random order each epoch; with `rare`, source images are drawn by class. section: of batch and crop.
     """
 
     def __init__(self, cfg, section: str, domains: dict, jitter: float = 0.0, rare: float = 0.0):
         part = getattr(cfg, section)
         self.key, self.batch, self.crop, self.flip = (cfg.seed, section), part.batch, part.crop, cfg.flip
-        self.source, self.augmented, self.target = map(domains.get, ("source", "augmented", "target"))
+        names = ("source", "augmented", "target", "labelled")
+        self.source, self.augmented, self.target, self.labelled = map(domains.get, names)
         self.jitter, self.rank, self.world = jitter, rank(), world()
         self.by_class = images_by_class(self.source, rare) if rare else None
 
@@ -228,6 +240,11 @@ class Batches(torch.utils.data.Dataset):
             rng = random_generator(*self.key, "target", position)
             x_t = self.target.image(self._index("target", position, len(self.target)))
             images["x_t"] = self._geometry(rng, position, x_t)[0]
+        if self.labelled:
+            rng, i = random_generator(*self.key, "labelled", position), len(self.labelled)
+            i = self._index("labelled", position, i)
+            tensors = self.labelled.image(i), self.labelled.label(i)
+            images["x_l"], images["y_l"] = self._geometry(rng, position, *tensors)
         return images
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
@@ -257,21 +274,23 @@ def predictions(predict, read, count: int, batch: int, device):
     predict(x: (N, 3, h, w) in [-1, 1]) -> each image's logits; read(i) -> (3, h, w) uint8.
     """
     firsts = range(0, count, batch)[rank() :: world()]
-    for first in tqdm(firsts, "predict", mininterval=1, disable=rank() > 0):
+    for first in tqdm(firsts, "predict", mininterval=1, leave=False, disable=rank() > 0):
         some = range(first, min(first + batch, count))
         yield from zip(some, predict(to_float(torch.stack([read(i) for i in some]), device)), strict=True)
 
 
-def measure(predict, scenes: Scenes, batch: int, device, seen=None) -> Tensor:
-    """Confusion matrix (C, C) int64 over all scenes, each at its label's own size, of `predictions`.
+def measure(predict, scenes: Scenes, batch: int, device, groups=None, seen=None) -> Tensor:
+    """Confusion matrices (groups, C, C) int64 of `predictions`, each image at its label's own size.
 
-    seen(i, prediction (H, W)), where given, is called for each image of this process.
+    groups: each image's, 0, 1, ...; by default all are of one. seen(i, prediction (H, W)), where given, is
+    called for each image of this process.
     """
-    total = torch.zeros(2 * [len(scenes.classes)], dtype=torch.int64, device=device)
+    groups, classes = groups or [0] * len(scenes), len(scenes.classes)
+    total = torch.zeros(max(groups) + 1, classes, classes, dtype=torch.int64, device=device)
     for i, z in predictions(predict, scenes.image, len(scenes), batch, device):
         label = torch.from_numpy(scenes.native_label(i)).to(device)
         prediction = classify(z, label.shape)
-        total += confusion_matrix(label, prediction, len(total))
+        total[groups[i]] += confusion_matrix(label, prediction, classes)
         if seen:
             seen(i, prediction)
     return all_reduce(total).cpu()

@@ -378,7 +378,7 @@ def build_fseg(cfg, classes: int) -> FCN8s:
 def build_segmenter(cfg, classes: int) -> nn.Module:
     c = cfg.selfens
     if c.trunk == "vgg16":
-        return DeepLab(VGG16(c.width, dilated=True), classes, c.dropout, c.aspp_rates)
+        return DeepLab(VGG16(c.width, dilated=True), classes, c.dropout)
     return SumHead(EfficientNetLite(c.width), classes, c.dropout)
 
 
@@ -407,17 +407,19 @@ def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> tor
 
 
 def load_trunk(net: nn.Module, cfg, section: str) -> None:
-    """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where there are none."""
+    """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where there are none.
+
+    Of a checkpoint of stage 3 the whole student is taken, of f_seg's its trunk.
+    """
     part = getattr(cfg, section)
-    path, key = part.pretrained, f"{section}.pretrained={part.pretrained}"
-    if path == "none":
+    key = f"{section}.pretrained={part.pretrained}"
+    if part.pretrained == "none":
         return
-    if path == "fseg":
-        path = cfg.fseg.checkpoint or Path(cfg.output, cfg.name, "gan", "fseg", "last.pt")
-        state = load_checkpoint(path, f"{key}: run train_gan.py first", ("f_seg",))["f_seg"]
-        state = {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
-    else:
-        state = read_weights(path, part.trunk, key)
+    state = read_weights(part.pretrained, part.trunk, key)
+    if "student" in state:
+        return load_weights(net, state["student"], key)
+    if "f_seg" in state:
+        state = {k.removeprefix("trunk."): v for k, v in state["f_seg"].items() if k.startswith("trunk.")}
     load_weights(net.trunk, state, f"{key} (with {section}.width=1)")
 
 

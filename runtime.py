@@ -350,14 +350,15 @@ def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------- run folder
-FREE_KEYS = ("name", "output", "device", "precision", "workers", "inference_batch", "log_every",
-             "sheet_every", "save_every", "source.root", "target.root")  # fmt: skip
+FREE_KEYS = ("name", "output", "device", "precision", "workers", "inference_batch", "log_every", "save_every",
+             "source.root", "target.root")  # fmt: skip
 HANDLERS = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}  # before a run
 
 
 def stage_config(cfg, sections: tuple) -> dict:
     """{key: value} of these sections ("" is the top level) but FREE_KEYS, which do not change a result."""
-    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in FREE_KEYS}
+    free = FREE_KEYS if "selfens" in sections else (*FREE_KEYS, "target.labelled")  # stage 3 alone reads it
+    return {k: v for k, v in cfg.flat.items() if k.rpartition(".")[0] in sections and k not in free}
 
 
 def refuse_changes(then: dict, now: dict, where) -> None:
@@ -448,7 +449,7 @@ class Run:
         """Whether "log", "sheet" or "save" is: each WHAT_every steps, at last, and to save by a signal."""
         if what == "save" and world() > 1:  # what one process has heard, all act upon after the same step
             self.signal = int(all_reduce(torch.tensor(self.signal), "MAX"))
-        every = getattr(self.cfg, f"{what}_every")
+        every = self.cfg.log_every if what == "log" else self.cfg.save_every
         return step == self.steps or step % every == 0 or (what == "save" and self.signal > 0)
 
     def log(self, step: int, terms: dict) -> None:

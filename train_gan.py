@@ -86,7 +86,7 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
         with autocast(run.device, run.precision):
             return f_seg(x)
 
-    confusion = measure(predict, held_out, cfg.inference_batch, run.device)
+    confusion = measure(predict, held_out, cfg.inference_batch, run.device).sum(0)
     iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
     per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
     report = {"mIoU": float(np.nanmean(iou)), "per class": per_class}

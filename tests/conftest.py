@@ -19,7 +19,7 @@ import runtime
 REPO = Path(runtime.__file__).resolve().parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
 TINY = {
-    "name": "run", "device": "cpu", "precision": "float32", "workers": 0, "log_every": 1, "sheet_every": 4,
+    "name": "run", "device": "cpu", "precision": "float32", "workers": 0, "log_every": 1,
     "save_every": 2, "inference_batch": 5, "balance": 0.5, "rare": 0.1,
     "source": {"dataset": "carla", "size": [32, 48], "images": 12},
     "target": {"dataset": "camvid", "size": [32, 48], "images": 10},

@@ -169,9 +169,10 @@ class PlainSelfEnsembling:
 
     def step(self, batch, noise_t, noise_s, delta_con, alpha):
         """batch: as selfens_step's; noise_t, noise_s: what is added to x_t before teacher and student."""
-        y, stride = batch["y_s"], self.student.stride
-        L_sup = sum(cross_entropy(bilinear(self.student(batch[x]), stride, y.shape[1:]), y, self.weight)
-                    for x in ("x_s", "x_g") if x in batch)
+        stride = self.student.stride
+        L_sup = sum(cross_entropy(bilinear(self.student(batch[x]), stride, batch[y].shape[1:]), batch[y],
+                                  self.weight)
+                    for x, y in (("x_s", "y_s"), ("x_g", "y_s"), ("x_l", "y_l")) if x in batch)
         L, terms = L_sup, {"L_sup": L_sup}
         if "x_t" in batch:
             with torch.no_grad():

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from conftest import ENV, REPO, digests, make_camvid, make_carla, write_config
 
-STEPS = {"save_every": 3, "sheet_every": 7, "workers": 1, "inference_batch": 3,
+STEPS = {"save_every": 3, "workers": 1, "inference_batch": 3,
          "gan__warmup_steps": 10, "augment__styles_per_image": 4, "fseg__steps": 40, "gan__steps": 40,
          "selfens__steps": 40}  # fmt: skip
 # stage: script, folder, overrides, the folder that must be there before

@@ -274,6 +274,21 @@ def test_an_unlabelled_domain_opens_no_label(tmp_path):
         Scenes(own(tmp_path), "target", "train", labels=True)
 
 
+def test_few_labelled_images_are_spread_and_no_other_label_is_opened(tmp_path):
+    """A row that may use N labels of the target must use N, from all drives, and no more."""
+    for path in (make_own(tmp_path, 9) / "lb").iterdir():
+        if path.stem in ("001", "003", "006", "008"):
+            path.unlink()
+        elif path.stem in ("000", "004"):
+            path.write_text("no label")
+    few = Scenes(own(tmp_path, target__labelled=3, target__exclude=["000", "004"]), "target", "train", True)
+    assert [s.name for s in few.samples] == ["002", "005", "007"]
+    few = Scenes(own(tmp_path, target__labelled=2, target__exclude=["000", "004"]), "target", "train", True)
+    assert [s.name for s in few.samples] == ["002", "007"]
+    with pytest.raises(UserError, match="target.labelled=6: only 5 images"):
+        Scenes(own(tmp_path, target__labelled=6), "target", "train", labels=True)
+
+
 class Planted(list):
     """Scenes that say where a pixel comes from: channels (index, row, column), label 16 row + column."""
 
@@ -288,7 +303,8 @@ class Planted(list):
 
 
 def planted(jitter=0.0, rare=0.0, **overrides):
-    domains = {"source": Planted(range(7)), "augmented": Planted(range(14)), "target": Planted(range(5))}
+    domains = {"source": Planted(range(7)), "augmented": Planted(range(14)), "target": Planted(range(5)),
+               "labelled": Planted(range(3))}  # fmt: skip
     cfg = make_cfg(**({"gan__batch": 3, "gan__crop": [8, 9]} | overrides))
     return Batches(cfg, "gan", domains, jitter, rare)
 
@@ -336,6 +352,7 @@ def test_flip_and_crop_are_shared():
                 places.add((top, first if second > first else 15 - first))
             assert len(places) == 1
             corners |= places
+        assert torch.equal(batch["y_l"], batch["x_l"][:, 1] * 16 + batch["x_l"][:, 2])
     assert flips == {"x_s": {1, -1}, "x_t": {1, -1}} and styles == {0, 1}
     assert {top for top, _ in corners} == {*range(5)} and {left for _, left in corners} == {*range(8)}
     whole = planted(flip=False, gan__crop=[])[0]["x_s"]  # for data where left and right differ
