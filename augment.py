@@ -10,7 +10,8 @@ styleK/NAME.png under the source image's name (whose label is its label, too), a
 image's source and guide. Run again, it makes what is missing and nothing else.
 
 In place of G, to compare with, augment.method takes translators that need no training: reinhard (the guide's
-colour statistics), fda (the guide's amplitudes of low frequencies), and folder (images of any other tool):
+colour statistics), fda (the guide's amplitudes of low frequencies), jitter (f_seg's photometric jitter, a
+control that knows no target), and folder (images of any other tool):
 
     python augment.py name=fda augment.method=fda augment.fda_beta=0.01
     python augment.py name=cyclegan augment.method=folder augment.folder=DIR augment.styles_per_image=1
@@ -36,7 +37,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import SUFFIXES, Augmented, Scenes, planned_files, read_image, resized, to_float
+from datasets import SUFFIXES, Augmented, Scenes, photometric_jitter, planned_files, read_image, resized
+from datasets import to_float
 from losses import IGNORE, correlation, style_statistics
 from models import build_fseg, build_generator, load_net
 
@@ -104,6 +106,8 @@ def build_translator(cfg, source: Scenes, data: dict, device):
         return reinhard, None, "reinhard"
     if cfg.augment.method == "fda":
         return partial(fda, beta=cfg.augment.fda_beta), None, f"fda {cfg.augment.fda_beta:g}"
+    if cfg.augment.method == "jitter":  # of the contents, as they are read
+        return (lambda x_s, x_t: x_s), None, f"jitter {cfg.fseg.jitter:g}"
     if cfg.augment.method == "folder":
         ready = ready_images(cfg, source)
         sizes = hashlib.sha256(json.dumps([[p.name, p.stat().st_size] for p in ready]).encode()).hexdigest()
@@ -182,6 +186,9 @@ def main() -> None:
 
     def read(k):
         content = resized(read_image(str(ready[k])), source.size) if ready else source.image(k % len(source))
+        if cfg.augment.method == "jitter":
+            rng = random_generator(cfg.seed, "augment jitter", k)
+            content = (photometric_jitter(content / 255, cfg.fseg.jitter, rng) * 255).round().byte()
         return content, target.image(guides[k])
 
     repaint(run, translate, read, files, missing[rank() :: world()])

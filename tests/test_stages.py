@@ -488,3 +488,14 @@ def test_images_of_another_tool_train_and_can_be_judged(stage, pipeline, refused
     assert json.loads((tmp_path / "jpg/eval/augmented_folder.json").read_text())["agreement"] < 1
     (tmp_path / "jpg/000001.jpg").unlink()
     assert "000001.png: no such translated image" in refused("augment", *args, "name=fewer")
+
+
+def test_jitter_repaints_without_a_target(stage, pipeline, tmp_path):
+    """The control for all translators: other light and colour, the same for equal seeds, the style unused."""
+    args = [*pipeline.args, "augment.method=jitter", "augment.styles_per_image=1"]
+    for name in ("a", "b"):
+        stage("augment", *args, f"output={tmp_path / name}")
+    first, again = (sorted((tmp_path / name).rglob("style0/*.png")) for name in ("a", "b"))
+    assert len(first) == 12 and all(p.read_bytes() == q.read_bytes() for p, q in zip(first, again, strict=True))
+    own = Image.open(next((pipeline.root / "carla/CameraRGB").iterdir())).resize((48, 32), Image.BILINEAR)
+    assert np.abs(np.asarray(own, int) - np.asarray(Image.open(first[0]))).mean() > 3
