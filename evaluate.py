@@ -6,22 +6,29 @@
     python evaluate.py CFG --checkpoint FILE                       a network that lies elsewhere
     python evaluate.py --split val --export DIR                    and label-id PNGs, as servers take them
     python evaluate.py --split test --export DIR                   the same without labels, which servers keep
-    python evaluate.py --images PATH --out DIR                     predict a photo, or a folder of them
+    python evaluate.py --images PATH --out DIR                     predict a photo, a folder of them, a video
+    python evaluate.py --onnx FILE                                 the network for other programs
     python evaluate.py --compare A.json B.json                     two results side by side, per class
     python evaluate.py --table runs/streets-0 runs/streets-1       mean and deviation over finished runs
 
 Reads OUTPUT/NAME/selfens/VARIANT/last.pt and the target data set; writes
 OUTPUT/NAME/eval/VARIANT_MODEL_SPLIT.json and a sheet of images, labels and predictions beside it. The network
 sees images resized to target.size; its logits are up-sampled bilinearly (align_corners=False) to that, and
-then to each label's, or image's, own size.
+then to each label's, or image's, own size. In Python:
+
+    from evaluate import Segmenter
+    net = Segmenter("runs/streets")
+    ids = net("photo.jpg")                                         (H, W) positions in net.classes
 """
 
+import json
 import os
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 from runtime import FREE_KEYS, UserError, atomic_write, autocast, command_line, environment, get_device
-from runtime import get_precision, make_sheet, rank, read_json, run_main, write_json
+from runtime import get_precision, make_sheet, nested, rank, read_json, run_main, write_json
 
 # isort: split
 import numpy as np
@@ -29,17 +36,120 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions
-from datasets import read_image, resized, to_float
+from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions, read_image
+from datasets import resized, to_float
 from losses import IGNORE, iou_from_confusion
 from models import build_segmenter, load_net, upsample
 
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of the mIoU* that papers on SYNTHIA report
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str,
           "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list,
           "sequences": dict}  # fmt: skip
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, by degrees of freedom
+
+# ------------------------------------------------------------------------------------------------------- use
+class Segmenter:
+    """A trained network, ready for pictures. All that it needs is in its checkpoint; no code of that is run.
+
+    path: a last.pt, or a run's folder: of its variants the one that comes last in VARIANTS, target_only
+    left out; device: as the key of cfg.yaml; precision: auto, float32 or bfloat16; model: teacher or student.
+    classes: names by id; size: (height, width) at which the network sees a picture. Raises UserError for a
+    file that is no such checkpoint.
+    """
+
+    def __init__(self, path, device="auto", precision="auto", model="teacher"):
+        found = [Path(path, "selfens", variant, "last.pt") for variant in VARIANTS[:-1]]
+        path = next((file for file in reversed(found) if file.exists()), path)
+        settings = SimpleNamespace(device=device, precision=precision)
+        self.device = get_device(settings)
+        self.cast = autocast(self.device, get_precision(settings, self.device))
+        self.net, self.state = load_net(path, model, build_segmenter, None, self.device)
+        self.path = path
+        self.classes, self.size = self.state["classes"], self.state["config"]["target.size"]
+        colours = self.state.get("colours") or [*class_list(nested(self.state["config"]))[1].values()]
+        if np.shape(colours) != (len(self.classes), 3):
+            raise UserError(f"{path}: no colour for each class in it; use one that train_selfens.py wrote")
+        self.palette = dict(zip(self.classes, colours, strict=True))
+
+    def logits(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """x: (N, 3, H, W) in [-1, 1] -> a generator of each image's (C, H, W)."""
+        with self.cast:
+            logits = self.net(x)
+        for z in logits:  # one at a time: up-sampled logits of a batch of large images would take gigabytes
+            yield upsample(z[None], self.net.stride, x.shape[-2:])[0]
+
+    @torch.inference_mode()
+    def __call__(self, picture) -> np.ndarray:
+        """picture: a path, a PIL image or an RGB array (H, W, 3) uint8, of any size -> (H, W) uint8 ids.
+
+        Raises UserError for a file that cannot be read.
+        """
+        if isinstance(picture, (str, os.PathLike)):
+            picture = read_image(str(picture))
+        elif not isinstance(picture, Image.Image):
+            picture = Image.fromarray(picture)
+        picture = picture.convert("RGB")
+        (z,) = self.logits(to_float(resized(picture, self.size)[None], self.device))
+        return classify(z, picture.size[::-1]).cpu().numpy()
+
+    def colour(self, ids) -> np.ndarray:
+        """(H, W) ids -> (H, W, 3) uint8 in the colours of the classes."""
+        return colourise(ids, self.palette)
+
+
+def predict_video(net: Segmenter, path: Path, out: Path) -> None:
+    """A video with the prediction over it, to OUT/NAME.mp4, without sound. Raises UserError."""
+    import cv2  # half a second that only videos need
+
+    video = cv2.VideoCapture(str(path))
+    rate, count, *size = (video.get(p) for p in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT,
+                                                 cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+    if not video.isOpened() or not all(size):
+        raise UserError(f"--images {path}: not a video that OpenCV can read; convert it to mp4")
+    out.mkdir(parents=True, exist_ok=True)
+    file, unfinished = out / f"{path.stem}.mp4", out / f".{path.stem}.tmp.mp4"
+    writer = cv2.VideoWriter(str(unfinished), cv2.VideoWriter_fourcc(*"mp4v"), rate or 25, [*map(int, size)])
+    with tqdm(total=int(count), desc="predict", mininterval=1) as bar:
+        while (frame := video.read()[1]) is not None:
+            picture = Image.fromarray(frame[..., ::-1])  # OpenCV has blue first
+            overlay = Image.blend(picture, Image.fromarray(net.colour(net(picture))), 0.5)
+            writer.write(np.ascontiguousarray(np.asarray(overlay)[..., ::-1]))
+            bar.update()
+    writer.release()
+    if not bar.n or not unfinished.is_file():
+        raise UserError(f"--images {path}: no frame of it could be read, or none written to {out}")
+    os.replace(unfinished, file)
+    print(f"written: {file}, {bar.n} frames")
+
+
+def export_onnx(net: Segmenter, path: str) -> None:
+    """The network as ONNX: "image" (1, 3, h, w) in [-1, 1] -> "logits" (1, C, h, w), h and w as in training.
+
+    Its metadata say how an image is prepared, and name the classes. Raises UserError without the packages.
+    """
+    try:
+        import onnxscript  # noqa: F401  by which torch writes the file
+    except ImportError as error:
+        raise UserError(f"--onnx: needs {error.name}; pip install onnx onnxscript") from None
+
+    class Upsampled(torch.nn.Module):
+        def forward(self, x):
+            return upsample(self.net(x), self.net.stride, x.shape[-2:])
+
+    model, (h, w) = Upsampled(), net.size
+    model.net = net.net.cpu()
+    names = {"input_names": ["image"], "output_names": ["logits"]}
+    program = torch.onnx.export(model.eval(), (torch.zeros(1, 3, h, w),), dynamo=True, verbose=False, **names)
+    proto = program.model_proto
+    prepared = "RGB of 0 to 255, resized bilinearly with antialiasing; value / 127.5 - 1"
+    for key, value in {"input": "image", "height": h, "width": w, "normalisation": prepared,
+                       "classes": json.dumps(net.classes), "colours": json.dumps(net.palette)}.items():
+        proto.metadata_props.add(key=key, value=str(value))
+    atomic_write(Path(path), lambda file: file.write(proto.SerializeToString()))
+    print(f"written: {path}; input image (1, 3, {h}, {w}), output logits")
+
 
 # ------------------------------------------------------------------------------------------------- measuring
 def save_png(path: Path, picture) -> None:
@@ -78,10 +188,12 @@ def sequences(scenes: Scenes) -> tuple[list[str], list[int]]:
     return names, [names.index(name) for name in found]
 
 
-def evaluate(cfg, args, predict, state: dict, device) -> None:
-    """Measures and exports one split, as args say."""
+def evaluate(cfg, args, net: Segmenter) -> None:
+    """Measures and exports one split, as args say. Raises UserError for a network of other classes."""
     labels = not (args.split == "test" and args.export)
-    scenes, sizes = Scenes(cfg, "target", args.split, labels), set()
+    scenes, sizes, batch = Scenes(cfg, "target", args.split, labels), set(), cfg.inference_batch
+    if net.classes != [*scenes.classes]:
+        raise UserError(f"{net.path}: of the classes {net.classes}, not the config's {[*scenes.classes]}")
     if args.export:
         raw_ids, folder = label_ids(scenes), check_folder(args.export, cfg.target.root, "--export")
 
@@ -91,32 +203,31 @@ def evaluate(cfg, args, predict, state: dict, device) -> None:
             save_png(folder / f"{scenes.samples[i].name}.png", raw_ids[prediction.cpu().numpy()])
 
     if labels:
-        confusions = measure(predict, scenes, cfg.inference_batch, device, sequences(scenes)[1], seen)
+        confusions = measure(net.logits, scenes, batch, net.device, sequences(scenes)[1], seen)
     else:
-        for i, z in predictions(predict, scenes.image, len(scenes), cfg.inference_batch, device):
+        for i, z in predictions(net.logits, scenes.image, len(scenes), batch, net.device):
             seen(i, classify(z, read_image(scenes.samples[i].image).size[::-1]))
     if args.export:
         print(f"written: {len(scenes)} label-id PNGs below {folder}")
     if labels and rank() == 0:
-        result = summarise(cfg, args, scenes, state, confusions.numpy(), sizes, device)
-        variant = state["variant"]
+        result, variant = summarise(cfg, args, scenes, net, confusions.numpy(), sizes), net.state["variant"]
         out = Path(cfg.output, cfg.name, "eval", f"{variant}_{args.model}_{args.split}.json")
         write_json(out, result)
-        save_png(out.with_suffix(".png"), examples(predict, scenes, f"{variant} {args.model}", device))
+        save_png(out.with_suffix(".png"), examples(net, scenes, f"{variant} {args.model}"))
         print_result(result)
         print(f"written: {out} and {out.with_suffix('.png')}")
 
 
-def summarise(cfg, args, scenes: Scenes, state: dict, confusions, sizes: set, device) -> dict:
+def summarise(cfg, args, scenes: Scenes, net: Segmenter, confusions, sizes: set) -> dict:
     """What is written. confusions: (sequences, C, C) counts; sizes: the labels' (height, width)."""
-    iou, config, classes = iou_from_confusion(confusions.sum(0)), state["config"], scenes.classes
+    iou, config, classes = iou_from_confusion(confusions.sum(0)), net.state["config"], scenes.classes
     if np.isnan(iou).all():
         raise UserError(f"{cfg.target.root}: no labelled pixel in {args.split}; nothing to evaluate")
     names, groups = sequences(scenes)
     parts = {name: {"images": groups.count(k), "miou": float(np.nanmean(iou_from_confusion(confusions[k]))),
                     "confusion": confusions[k].tolist()} for k, name in enumerate(names)}  # fmt: skip
     per_class = {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}
-    step, steps, (height, width) = state["step"], config["selfens.steps"], min(sizes)
+    step, steps, (height, width) = net.state["step"], config["selfens.steps"], min(sizes)
     protocol = (
         f"mIoU over {len(classes)} classes ({scenes.class_list}), {cfg.target.dataset} {args.split}, "
         f"{len(scenes)} images, {args.model} of step {step} of {steps}, "
@@ -125,11 +236,12 @@ def summarise(cfg, args, scenes: Scenes, state: dict, confusions, sizes: set, de
         f"label {IGNORE} ignored, one scale, no flip"
     )
     result = {
-        "miou": float(np.nanmean(iou)), "variant": state["variant"], "model": args.model, "split": args.split,
-        "step": step, "steps": steps, "seed": config["seed"], "images": len(scenes), "per_class": per_class,
+        "miou": float(np.nanmean(iou)), "variant": net.state["variant"], "model": args.model,
+        "split": args.split, "step": step, "steps": steps, "seed": config["seed"], "images": len(scenes),
+        "per_class": per_class,
         "confusion": confusions.sum(0).tolist(), "sequences": parts, "classes": list(classes),
         "protocol": protocol, "config": config,
-        "environment": environment(device, get_precision(cfg, device)),
+        "environment": environment(net.device, get_precision(cfg, net.device)),
     }  # fmt: skip
     if scenes.class_list == "cityscapes16":
         starred = [v for n, v in per_class.items() if v is not None and n not in NOT_IN_13]
@@ -137,24 +249,24 @@ def summarise(cfg, args, scenes: Scenes, state: dict, confusions, sizes: set, de
     return result
 
 
-def examples(predict, scenes: Scenes, caption: str, device) -> Image.Image:
+def examples(net: Segmenter, scenes: Scenes, caption: str) -> Image.Image:
     """Six images of the split, evenly, with their labels and predictions."""
     shown, rows = np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int)), []
-    for k, z in predictions(predict, lambda k: scenes.image(shown[k]), len(shown), len(shown), device):
+    for k, z in predictions(net.logits, lambda k: scenes.image(shown[k]), len(shown), 1, net.device):
         readings = (scenes.label(shown[k]), classify(z, scenes.size).cpu())
         picture = scenes.image(shown[k]).permute(1, 2, 0).numpy()
         rows.append([picture, *(colourise(ids, scenes.classes) for ids in readings)])
     return make_sheet(["target image", "label", caption], rows)
 
 
-def predict_images(cfg, path: str, out: str, predict, classes: dict, device) -> None:
+def predict_images(net: Segmenter, path: str, out: str) -> None:
     """A photo, or each PNG and JPEG below a folder, to OUT/train_ids/, OUT/colour/ and OUT/overlay/."""
     folder, unreadable = Path(path) if Path(path).is_dir() else None, []
     files = sorted(folder.rglob("*")) if folder else [Path(path)]
     paths = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and p.is_file()]
     names = [p.relative_to(folder or p.parent).with_suffix(".png") for p in paths]
     if not paths:
-        raise UserError(f"--images {path}: no such file or folder, or no PNG or JPEG")
+        raise UserError(f"--images {path}: no such file or folder, or no PNG, JPEG or video")
     if len(set(names)) < len(names):
         raise UserError(f"--images {path}: two of its images differ only in suffix")
     check_folder(out, folder or "", "--out")
@@ -164,15 +276,14 @@ def predict_images(cfg, path: str, out: str, predict, classes: dict, device) -> 
         except UserError as error:
             unreadable.append(f"left out: {error}")
             continue
-        with torch.inference_mode():
-            (z,) = predict(to_float(resized(picture, cfg.target.size)[None], device))
-        ids = classify(z, picture.size[::-1]).cpu().numpy()
-        colour = colourise(ids, classes)
+        ids = net(picture)
+        colour = net.colour(ids)
         save_png(Path(out, "train_ids", name), ids)
         save_png(Path(out, "colour", name), colour)
         save_png(Path(out, "overlay", name), Image.blend(picture, Image.fromarray(colour), 0.5))
     print(f"written: train_ids, colour and overlay of {len(paths) - len(unreadable)} images below {out}")
-    print("train ids: " + ", ".join(f"{k} {name}" for k, name in enumerate(classes)), *unreadable, sep="\n")
+    ids = ", ".join(f"{k} {name}" for k, name in enumerate(net.classes))
+    print(f"train ids: {ids}", *unreadable, sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------- reporting
@@ -308,7 +419,7 @@ def main() -> None:
     cfg, args = command_line(
         ("--split", {"choices": ("val", "train", "test", "val+test"), "default": "val"}),
         ("--model", {"choices": ("teacher", "student"), "default": "teacher"}),
-        ("--checkpoint", {}), ("--export", {}), ("--images", {}), ("--out", {}),
+        ("--checkpoint", {}), ("--export", {}), ("--images", {}), ("--out", {}), ("--onnx", {}),
         ("--compare", {"nargs": 2}), ("--table", {"nargs": "+"}),
     )  # fmt: skip
     if args.table:
@@ -317,21 +428,16 @@ def main() -> None:
         return compare(args.compare)
     if (args.images is None) != (args.out is None):
         raise UserError("command line: --images PATH and --out DIR go together")
-    device = get_device(cfg)
-    cast = autocast(device, get_precision(cfg, device))
     path = args.checkpoint or Path(cfg.output, cfg.name, "selfens", cfg.selfens.variant, "last.pt")
-    classes = class_list(cfg)[1]
-    net, state = load_net(path, args.model, build_segmenter, classes, device)
-
-    def predict(x):
-        with cast:
-            logits = net(x)
-        for z in logits:  # one at a time: up-sampled logits of a batch of large images would take gigabytes
-            yield upsample(z[None], net.stride, x.shape[-2:])[0]
-
-    if args.images:
-        return predict_images(cfg, args.images, args.out, predict, classes, device) if rank() == 0 else None
-    evaluate(cfg, args, predict, state, device)
+    net = Segmenter(path, cfg.device, cfg.precision, args.model)
+    if rank() == 0 and args.onnx:
+        export_onnx(net, args.onnx)
+    elif rank() == 0 and args.images and Path(args.images).suffix.lower() in VIDEOS:
+        predict_video(net, Path(args.images), Path(args.out))
+    elif rank() == 0 and args.images:
+        predict_images(net, args.images, args.out)
+    if not args.onnx and not args.images:
+        evaluate(cfg, args, net)
 
 
 if __name__ == "__main__":

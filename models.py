@@ -383,11 +383,14 @@ def build_segmenter(cfg, classes: int) -> nn.Module:
 
 
 def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
-    """(a checkpoint's network, frozen, in evaluation mode; the checkpoint). UserError for other classes."""
+    """(a checkpoint's network, frozen, in evaluation mode; the checkpoint). UserError for other classes.
+
+    classes: those that it must have; None: any.
+    """
     state = load_checkpoint(path, "train it first, with this config", (which,))
-    if state["classes"] != list(classes):
+    if classes and state["classes"] != list(classes):
         raise UserError(f"{path}: of the classes {state['classes']}, not the config's {[*classes]}")
-    net = build(nested(state["config"]), len(classes))  # by the config that it was trained with
+    net = build(nested(state["config"]), len(state["classes"]))  # by the config that it was trained with
     load_weights(net, state[which], path)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 

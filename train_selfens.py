@@ -256,7 +256,8 @@ def main() -> None:
         run.log(step, terms)
         if run.due("save", step):
             states = {name: getattr(nets, name).state_dict() for name in ("student", "teacher", "optimiser")}
-            run.save(step, **states, classes=list(val.classes), variant=c.variant)
+            names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
+            run.save(step, **states, **names)
     run.close()
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} --split val")
 
