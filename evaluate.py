@@ -184,7 +184,7 @@ def sequences(scenes: Scenes) -> tuple[list[str], list[int]]:
     found = [os.path.dirname(s.name) or s.name.rpartition("_")[0].partition("_")[0] for s in scenes.samples]
     names = [*dict.fromkeys(found)]
     if "" in names or len(names) == 1:
-        return ["all"], [0] * len(scenes)
+        return ["all"], [0] * len(found)
     return names, [names.index(name) for name in found]
 
 

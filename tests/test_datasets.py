@@ -289,6 +289,16 @@ def test_few_labelled_images_are_spread_and_no_other_label_is_opened(tmp_path):
         Scenes(own(tmp_path, target__labelled=6), "target", "train", labels=True)
 
 
+def test_splits_can_be_scored_together(tmp_path):
+    """val+test is val's images and then test's: what a benchmark of few images needs."""
+    for name in ("019", "020"):
+        save_image(make_own(tmp_path) / f"im/{name}.png", LABEL)
+        save_image(tmp_path / f"lb/{name}.png", LABEL)
+    files = {"train": PAIR, "val": ["im/00?.png", "lb/00?.png"], "test": ["im/019*", "lb/019*.png"]}
+    both = Scenes(own(tmp_path, target__files=files), "target", "val+test", labels=True)
+    assert [s.name for s in both.samples] == ["000", "001", "002", "003", "019"]
+
+
 class Planted(list):
     """Scenes that say where a pixel comes from: channels (index, row, column), label 16 row + column."""
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ from PIL import Image
 import evaluate
 import runtime
 import train_selfens
+from evaluate import Segmenter
+from losses import iou_from_confusion
 from models import build_segmenter
 from runtime import UserError, load_checkpoint
 
@@ -39,7 +42,8 @@ def make_cityscapes(root):
             size = (40, 72) if split == "val" and i % 3 == 0 else (32, 64)
             label = np.kron(rng.choice(ids, (3, 5)), np.ones((16, 16), int))[: size[0], : size[1]]
             label[:3] = i % 5  # the ego vehicle, the border, ...: regions that do not count
-            frame = f"{split}/bonn/bonn_{i:06d}_000019"
+            city = "aachen" if split == "val" and i > 5 else "bonn"
+            frame = f"{split}/{city}/{city}_{i:06d}_000019"
             save_image(root / f"leftImg8bit/{frame}_leftImg8bit.png", colours[label])
             if split != "test":  # servers keep those
                 save_image(root / f"gtFine/{frame}_gtFine_labelIds.png", label)
@@ -95,6 +99,11 @@ def test_the_result_is_complete_and_adds_up(cityscapes):
     assert result["per_class"] == ious and ious[ABSENT] is None
     assert result["miou"] == pytest.approx(np.mean([v for v in ious.values() if v is not None]), abs=1e-12)
     assert {"torch", "device", "commit"} <= set(result["environment"])
+    parts = result["sequences"]
+    assert [(name, part["images"]) for name, part in parts.items()] == [("aachen", 3), ("bonn", 6)]
+    assert np.array_equal(sum(np.array(part["confusion"]) for part in parts.values()), confusion)
+    for part in parts.values():
+        assert part["miou"] == pytest.approx(np.nanmean(iou_from_confusion(part["confusion"])))
 
 
 def test_the_counts_by_a_loop_of_its_own(cityscapes):
@@ -104,10 +113,10 @@ def test_the_counts_by_a_loop_of_its_own(cityscapes):
     net.load_state_dict(load_checkpoint(cityscapes.checkpoint, "")["teacher"])
     confusion, table = np.zeros((19, 19), int), np.full(256, 255)
     table[IDS] = range(19)
-    for path in sorted((cityscapes.data / "leftImg8bit/val/bonn").iterdir()):
+    for path in sorted((cityscapes.data / "leftImg8bit/val").glob("*/*")):
         image = np.asarray(Image.open(path).resize((40, 24), Image.BILINEAR), np.float32)
         label = path.name.replace("leftImg8bit", "gtFine_labelIds")
-        label = table[np.asarray(Image.open(cityscapes.data / "gtFine/val/bonn" / label))]
+        label = table[np.asarray(Image.open(cityscapes.data / "gtFine/val" / path.parent.name / label))]
         with torch.no_grad():
             logits = net(torch.tensor(image / 127.5 - 1).permute(2, 0, 1)[None])
             for size in ((24, 40), label.shape):
@@ -276,6 +285,69 @@ def test_photos_of_a_folder_and_one_alone(stage, cityscapes, tmp_path, capsys):
     assert (np.asarray(Image.open(tmp_path / "one/train_ids/a.png")) == ids).all()
     with pytest.raises(UserError, match="overwrite"):
         stage("evaluate", *cityscapes.args, "--images", folder, "--out", folder / "predicted")
+
+
+def test_sequences_are_what_names_tell():
+    """Frames of one drive score alike: a mean over drives must not take one for another, or invent any."""
+    for names, expected in (("0001TP_008550 0001TP_8580 Seq05VD_f00000", ["0001TP", "Seq05VD"]),
+                            ("a/1 b/1 b/2", ["a", "b"]), ("0001 0002", ["all"]), ("x_1 x_2", ["all"])):
+        scenes = [SimpleNamespace(name=name) for name in names.split()]
+        found, numbers = evaluate.sequences(SimpleNamespace(samples=scenes))
+        assert found == expected and len(numbers) == len(scenes) and max(numbers) == len(expected) - 1
+
+
+def test_a_checkpoint_that_was_sent_predicts_a_video(stage, cityscapes, tmp_path, capsys):
+    """No config, data or run folder but the file: each frame has the colours of its prediction over it."""
+    frames = [np.random.default_rng(k).integers(0, 255, (32, 64, 3)).astype(np.uint8) for k in range(5)]
+    writer = cv2.VideoWriter(str(tmp_path / "v.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 32))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    sent = shutil.copy(cityscapes.checkpoint, tmp_path / "sent.pt")
+    stage("evaluate", "--checkpoint", sent, "--images", tmp_path / "v.mp4", "--out", tmp_path / "out")
+    assert "v.mp4, 5 frames" in capsys.readouterr().out
+    before, after = (cv2.VideoCapture(str(tmp_path / name)) for name in ("v.mp4", "out/v.mp4"))
+    net = Segmenter(sent)
+    for _ in frames:
+        x, y = (video.read()[1][..., ::-1].astype(float) for video in (before, after))
+        assert np.abs((x + net.colour(net(x.astype(np.uint8)))) / 2 - y).mean() < 25  # it is compressed
+    (tmp_path / "bad.mp4").write_text("no video")
+    with pytest.raises(UserError, match="bad.mp4: not a video"):
+        stage("evaluate", "--checkpoint", sent, "--images", tmp_path / "bad.mp4", "--out", tmp_path / "out")
+
+
+def test_readme_s_python_runs_as_printed(cityscapes, tmp_path):
+    """The first lines that people copy; in another folder, beside others' modules of the same names."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    photo = next((cityscapes.data / "leftImg8bit/val").rglob("*.png"))
+    for name in ("datasets", "evaluate"):
+        (tmp_path / f"{name}.py").write_text("theirs = True")
+    env = ENV | {"PYTHONPATH": str(tmp_path)}
+    assert len(blocks) == 2
+    for block, folder in zip(blocks, (REPO, tmp_path), strict=True):
+        for word, path in (("runs/streets", cityscapes.folder), ("photo.jpg", photo), ("tgcf-da", REPO)):
+            block = block.replace(f'"{word}"', repr(str(path)))
+        code = f"{block}\nprint(ids.shape, ids.dtype, getattr(sys.modules.get('datasets'), 'theirs', None))"
+        run = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], cwd=folder, env=env,
+                             capture_output=True, text=True)
+        shape = Image.open(photo).size[::-1]
+        assert run.stdout.splitlines()[-1:] == [f"{shape} uint8 {folder == tmp_path or None}"], run.stderr
+    ids = Segmenter(cityscapes.folder)(Image.open(photo))
+    assert np.array_equal(ids, Segmenter(cityscapes.checkpoint)(np.asarray(Image.open(photo))))
+
+
+def test_onnx_gives_the_same_classes(stage, cityscapes, tmp_path):
+    """Another program that reads the file, and its metadata alone, must see what this one sees."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    stage("evaluate", *cityscapes.args, "--onnx", tmp_path / "net.onnx")
+    session, net = onnxruntime.InferenceSession(tmp_path / "net.onnx"), Segmenter(cityscapes.checkpoint)
+    meta = session.get_modelmeta().custom_metadata_map
+    h, w = int(meta["height"]), int(meta["width"])
+    image = np.random.default_rng(0).integers(0, 255, (h, w, 3)).astype(np.uint8)
+    x = (image / 127.5 - 1).astype(np.float32).transpose(2, 0, 1)[None]
+    (logits,) = session.run(None, {meta["input"]: x})
+    assert (logits[0].argmax(0) == net(image)).mean() >= 0.999 and json.loads(meta["classes"]) == NAMES
 
 
 def test_a_network_of_other_classes_is_refused(stage, cityscapes):
