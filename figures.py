@@ -1,5 +1,8 @@
 """The figures, drawn from what the stages left in their run folders. Nothing is trained here.
 
+    python figures.py page RUN                      RUN/index.html: all that a run left, on one page
+    python figures.py curve RUN ...                 the teachers' mIoU on val over the steps, band over seeds
+    python figures.py over KEY RUN ...              mIoU over the values of a key, such as target.labelled
     python figures.py share RUN ...                 self-ensembling's gain per class over the class's share
     python figures.py variants CFG key=value ...    target image, label, and what each trained variant reads
     python figures.py styles CFG key=value ...      sources repainted under several guides
@@ -9,7 +12,11 @@ where the figure goes. Sheets show images of the data: mind their licence before
 """
 
 import argparse
+import base64
+import contextlib
+import html
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -34,8 +41,8 @@ LABELS = {"source_only": "Source Only", "self_ensembling": "Self-Ensembling", "t
           "tgcf_da_se": "TGCF-DA + SE", "target_only": "Target Only"}  # fmt: skip
 
 
-def write(path: Path, figure) -> None:
-    """A matplotlib figure or an image to PNG; an image of more than 300 kB with 256 colours."""
+def png(figure) -> bytes:
+    """A matplotlib figure or an image as PNG; an image of more than 300 kB with 256 colours."""
     content = io.BytesIO()
     if isinstance(figure, Image.Image):
         figure.save(content, "PNG")
@@ -44,14 +51,160 @@ def write(path: Path, figure) -> None:
             figure.quantize(256).save(content, "PNG", optimize=True)
     else:
         figure.savefig(content, format="png", dpi=110)
-    atomic_write(path, lambda file: file.write(content.getvalue()))
+        plt.close(figure)
+    return content.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    atomic_write(path, lambda file: file.write(content))
     print(f"written: {path}")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl that are whole; [] if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def read_result(run: Path, variant: str) -> dict:
     """What evaluate.py wrote on a variant's teacher on val."""
     path = run / "eval" / f"{variant}_teacher_val.json"
     return read_json(path, {"per_class": dict, "confusion": list, "classes": list}, "run evaluate.py first")
+
+
+def curve(runs: list[Path]):
+    """The teachers' mIoU on val over the steps, of each variant: mean, least and greatest of the runs."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for variant, label in LABELS.items():
+        logs = [read_log(run / "selfens" / variant / "log.jsonl") for run in runs]
+        points = [{line["step"]: line["val_mIoU"] for line in log if "val_mIoU" in line} for log in logs]
+        points = [point for point in points if point]
+        steps = sorted(set.intersection(*map(set, points))) if points else []
+        if steps:
+            values = np.array([[point[step] for step in steps] for point in points])
+            (line,) = axes.plot(steps, values.mean(0), marker=".", label=f"{label} ({len(points)})")
+            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+    if not axes.lines:
+        raise UserError(f"{runs[0]}: no mIoU on val in selfens/*/log.jsonl; run train_selfens.py first")
+    axes.set(xlabel="step", ylabel="mIoU on val, %")
+    axes.legend(fontsize=8, title="(seeds)", title_fontsize=8)
+    return figure
+
+
+def deviation(values: list) -> float:
+    """Of a sample; 0 for one value."""
+    return float(np.std(values, ddof=len(values) > 1))
+
+
+def over(key: str, runs: list[Path]):
+    """mIoU of each variant's teacher over the values of a config key, mean and deviation over seeds."""
+    results, need = {}, {"miou": float, "variant": str, "config": dict, "model": str, "split": str}
+    paths = [path for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))]
+    for path in paths:
+        result = read_json(path, need, "give run folders that evaluate.py has measured")
+        rows = results.setdefault((result["variant"], result["split"]), {})
+        rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for (variant, split), rows in results.items():
+        values = sorted(rows, key=lambda v: (isinstance(v, str), v))
+        means, bars = ([f(rows[v]) for v in values] for f in (np.mean, deviation))
+        label = f"{LABELS.get(variant, variant)}, {split}"
+        axes.errorbar([str(v) for v in values], means, bars, marker="o", lw=0.8, label=label)
+    axes.set(xlabel=key, ylabel="mIoU, %")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def losses(log: list[dict], title: str):
+    """Each term of a log.jsonl over the steps, in a small picture of its own."""
+    names = [name for name in {name: 0 for line in log for name in line} if name not in ("step", "lr")]
+    rows = max(1, -(-len(names) // 4))
+    figure, axes = plt.subplots(rows, 4, figsize=(10, 2 * rows), layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=10)
+    for name, ax in zip(names, axes.flat, strict=False):
+        ax.plot(*zip(*((line["step"], line[name]) for line in log if name in line), strict=True), lw=0.8)
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    return figure
+
+
+def confusion(result: dict):
+    """Which class (row) is read as which (column), % of the row's pixels."""
+    counts, names = np.array(result["confusion"], float), result["classes"]
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    figure, ax = plt.subplots(figsize=(1.5 + 0.42 * len(names), 1.2 + 0.4 * len(names)), layout="constrained")
+    ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for (i, j), value in np.ndenumerate(percent):
+        if value >= 0.5:
+            ink = "white" if value > 60 else "black"
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(xlabel="read as", ylabel="label")
+    return figure
+
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em }
+img { max-width: 100%; height: auto } figure { margin: 1em 0 } figcaption { overflow-wrap: anywhere }
+.wide { overflow-x: auto } td, th { padding: .1em .6em; text-align: right }
+:first-child { text-align: left }"""
+
+
+def table(head: list, rows: list[list]) -> str:
+    cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def picture(figure, caption: str) -> str:
+    data, caption = base64.b64encode(png(figure)).decode(), html.escape(caption)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def page_results(run: Path) -> list[str]:
+    """What evaluate.py measured: IoU per class, shares of classes in labels and predictions, confusion."""
+    need = {"per_class": dict, "confusion": list, "classes": list, "protocol": str, "variant": str,
+            "miou": float, "split": str}  # fmt: skip
+    paths = sorted(run.glob("eval/*_teacher_*.json"))
+    results = [read_json(path, need, "evaluate.py writes it") for path in paths]
+    if not results:
+        return ["<p>Not evaluated yet: python evaluate.py</p>"]
+    heads = [f"{LABELS.get(r['variant'], r['variant'])}, {r['split']}" for r in results]
+    names, held_out, shares = results[0]["classes"], run / "gan/fseg/held_out.json", {}
+    if held_out.exists():
+        share = read_json(held_out, {"share": dict}, "train_gan.py writes it")["share"]
+        shares["source labels (held out)"] = [share.get(name, 0) for name in names]
+    for head, result in zip(heads, results, strict=True):
+        shares |= {f"{result['split']} labels": np.sum(result["confusion"], 1)}
+        shares |= {f"read by {head}": np.sum(result["confusion"], 0)}
+    iou = [["mIoU", *(f"{100 * r['miou']:.1f}" for r in results)]]
+    for name in reversed(names):
+        iou.insert(0, [name, *(f"{100 * (r['per_class'][name] or 0):.1f}" for r in results)])
+    of_class = [[n, *(f"{100 * v[k] / sum(v):.2f}" for v in shares.values())] for k, n in enumerate(names)]
+    caption, protocol = "% of a class's pixels by what they are read as", html.escape(results[-1]["protocol"])
+    return ["<h2>IoU, %</h2>", table(["class", *heads], iou), f"<p>{protocol}</p>",
+            "<h2>Share of the pixels, %</h2>", table(["class", *shares], of_class), "<h2>Confusion</h2>",
+            *(picture(confusion(r), f"{head}: {caption}") for head, r in zip(heads, results, strict=True))]
+
+
+def page(run: Path) -> str:
+    """One HTML page with all pictures in it: results, curves, and sheets over time."""
+    parts, name = [*page_results(run), "<h2>Training</h2>"], html.escape(run.resolve().name)
+    with contextlib.suppress(UserError):  # where val has no labels
+        parts.append(picture(curve([run]), "mIoU of the teachers on val; nothing is chosen by it"))
+    for stage in ("gan/fseg", "gan", "augmented", *(f"selfens/{variant}" for variant in LABELS)):
+        log, sheets = read_log(run / stage / "log.jsonl"), sorted((run / stage).glob("sheets/*.png"))
+        if log:
+            parts.append(picture(losses(log, stage), f"{stage}: loss terms over steps"))
+        for k in spread(len(sheets), 4) if sheets else ():
+            parts.append(picture(Image.open(sheets[k]), f"{stage}/sheets/{sheets[k].name}"))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    body = "".join(parts)
+    return f'<!DOCTYPE html><html lang="en">{head}<style>{STYLE}</style><h1>{name}</h1>{body}</html>'
 
 
 def share(runs: list[Path]):
@@ -112,18 +265,23 @@ def styles(cfg, count: int = 4) -> Image.Image:
 
 
 def main() -> None:
-    sheets = {"variants": variants, "styles": styles}
+    sheets, of_runs = {"variants": variants, "styles": styles}, {"share": share, "curve": curve, "over": over}
     figure = sys.argv.pop(1) if len(sys.argv) > 1 else ""
-    if figure not in ("share", *sheets):
-        raise UserError("command line: figures.py share, variants or styles; --help explains them")
-    if figure == "share":
-        parser = argparse.ArgumentParser()
-        parser.add_argument("runs", nargs="+", type=Path)
-        parser.add_argument("--out", type=Path, default=Path("share.png"))
-        args = parser.parse_args()
-        return write(args.out, share(args.runs))
-    cfg, args = command_line(("--out", {}))
-    write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), sheets[figure](cfg))
+    if figure not in ("page", *of_runs, *sheets):
+        raise UserError("command line: figures.py page, curve, over, share, variants or styles; see --help")
+    if figure in sheets:
+        cfg, args = command_line(("--out", {}))
+        return write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), png(sheets[figure](cfg)))
+    parser = argparse.ArgumentParser()
+    if figure == "over":
+        parser.add_argument("key")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if figure == "page":
+        return [write(args.out or run / "index.html", page(run).encode()) for run in args.runs]
+    drawn = over(args.key, args.runs) if figure == "over" else of_runs[figure](args.runs)
+    write(args.out or Path(f"{figure}.png"), png(drawn))
 
 
 if __name__ == "__main__":

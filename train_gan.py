@@ -89,7 +89,8 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
     confusion = measure(predict, held_out, cfg.inference_batch, run.device).sum(0)
     iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
     per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
-    report = {"mIoU": float(np.nanmean(iou)), "per class": per_class}
+    report = {"mIoU": float(np.nanmean(iou)), "per class": per_class,
+              "share": dict(zip(held_out.classes, share.tolist(), strict=True))}
     print(f"f_seg on {len(held_out)} held-out source images: mIoU {report['mIoU']:.1f}; "
           + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
     blind = [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]
