@@ -390,7 +390,7 @@ class Run:
     """
 
     def __init__(self, cfg, stage: str, sections: tuple, data: dict, steps: int, restart: bool = False):
-        self.cfg, self.stage, self.steps, self.signal = cfg, stage, steps, 0
+        self.cfg, self.stage, self.steps, self.signal, self.logged = cfg, stage, steps, 0, []
         self.folder, self.device = Path(cfg.output, cfg.name, stage), get_device(cfg)
         self.precision = get_precision(cfg, self.device)
         self.config, self.data = cfg.flat | {"precision": self.precision}, data | {"processes": world()}
@@ -467,9 +467,16 @@ class Run:
                                 " before it: lower the learning rate, or use precision=float32")
             if due and rank() == 0:
                 self.events.add_scalar(f"{self.stage}/{name}", value, step)
+        if due:
+            self.logged.append(values)
         if due and rank() == 0:
             print(json.dumps({"step": step, **values}), file=self.log_file, flush=True)
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
+
+    def warn(self, step: int, texts: list[str]) -> None:
+        """Says what goes wrong, in the second half of the steps: before that, much is not yet learned."""
+        for text in texts if rank() == 0 and 2 * step > self.steps else ():
+            self.bar.write(f"warning: {self.stage}, step {step}: {text}", file=sys.stderr)
 
     def sheet(self, step: int, name: str, image: Image.Image) -> None:
         """Writes an image sheet to sheets/NAME-STEP.png and to TensorBoard."""

@@ -209,6 +209,20 @@ def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> fl
     return float(np.mean(follows))
 
 
+def symptoms(logged: list[dict], style_corr: float) -> list[str]:
+    """What the last ten lines of the log and `write_sheet` say is wrong with G and D, each with its mend."""
+    found, last = [], [line for line in logged[-10:] if "L_D" in line]
+    for name in [name for name in (last[-1] if last else ()) if name.startswith("L_D/")]:
+        L_D = np.mean([line[name] for line in last])
+        if L_D > 0.49:  # D = 1/2 everywhere has 1/4 + 1/4
+            found.append(f"{name} is {L_D:.2f}: D is at chance and teaches G nothing; raise gan.lr_d")
+        if L_D < 0.05:
+            found.append(f"{name} is {L_D:.2f}: D wins, and G learns nothing from it; lower gan.lr_d")
+    if style_corr < 0.1:
+        found.append(f"style_corr is {style_corr:.2f}: images do not follow guides; lower gan.lambda_sem")
+    return found
+
+
 def check_keys(cfg) -> None:
     """Raises UserError for what could only fail, or come to nothing, after hours of training."""
     c, size = cfg.gan, cfg.gan.crop or cfg.source.size
@@ -252,7 +266,7 @@ def main() -> None:
         set_lr(nets.opt_g, linear(step, c.steps))
         set_lr(nets.opt_d, linear(step, c.steps))
         if step <= c.warmup_steps:
-            set_lr(nets.opt_g, c.warmup_lr / c.lr_g)
+            set_lr(nets.opt_g, c.warmup_lr / max(c.lr_g, 1e-12))
             terms = warm_up_step(nets, x_s, x_t, cast)
             if step == c.warmup_steps:  # moments of another loss would make G's first updates far too large
                 nets.opt_g.state.clear()
@@ -260,6 +274,7 @@ def main() -> None:
             terms = gan_step(nets, x_s, x_t, y_s, c, cast)
         if run.due("sheet", step):
             terms["style_corr"] = write_sheet(run, step, nets, source, target)
+            run.warn(step, symptoms(run.logged, terms["style_corr"]))
         run.log(step, terms)
         if run.due("save", step):
             states = {name: getattr(nets, name).state_dict() for name in ("G", "D", "opt_g", "opt_d")}

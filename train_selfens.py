@@ -26,7 +26,7 @@ import copy
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet,
+    Run, UserError, all_reduce, autocast, average_gradients, command_line, load_weights, make_sheet,
     run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
@@ -36,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from datasets import Augmented, Batches, Scenes, colourise, has_labels, measure, to_float
+from datasets import Augmented, Batches, Scenes, classify, colourise, has_labels, predictions, to_float
 from losses import (
-    IGNORE, class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
+    IGNORE, class_weights, confusion_matrix, consistency, cross_entropy, iou_from_confusion, poly, set_lr,
+    sigmoid_ramp_up,
 )  # fmt: skip
 from models import adamw, build_segmenter, load_trunk, upsample
 
@@ -166,8 +167,8 @@ def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
 
 
 @torch.inference_mode()
-def write_sheet(run: Run, step: int, nets, val: Scenes) -> None:
-    """Sheet of target images with what student and teacher read there and where they differ."""
+def write_sheet(run: Run, step: int, nets, val: Scenes) -> float:
+    """Sheet of target images with what student and teacher read there; returns the part read differently."""
     shown = np.linspace(0, len(val) - 1, 4).astype(int)
     x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
     probabilities = []
@@ -187,20 +188,35 @@ def write_sheet(run: Run, step: int, nets, val: Scenes) -> None:
         rows.append([to_uint8(x_t[k]), student, teacher, to_uint8(gap[k].expand(3, -1, -1) * 2 - 1), label])
     columns = ["target (val)", "student", "teacher", "inconsistency", "label"]
     run.sheet(step, "consistency", make_sheet(columns, rows))
+    return float((p_s.argmax(1) != p_t.argmax(1)).float().mean())
 
 
-def val_miou(run: Run, teacher, val: Scenes) -> dict:
-    """{"val_mIoU": percent}, of the teacher as `evaluate.py` measures it; {} where val has no labels."""
+def read_val(run: Run, teacher, val: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(C, C) confusion matrix as evaluate.py counts it, 0 without labels; (C,) pixels read as each class."""
     def predict(x):
         with autocast(run.device, run.precision):
             return upsample(teacher(x), teacher.stride, x.shape[-2:])
 
-    if val.samples[0].label is None:
-        return {}
-    teacher.eval()
-    confusion = measure(predict, val, run.cfg.inference_batch, run.device).sum(0)
+    classes, teacher = len(val.classes), teacher.eval()
+    confusion, read = torch.zeros(classes, classes).long(), torch.zeros(classes).long()
+    for i, z in predictions(predict, val.image, len(val), run.cfg.inference_batch, run.device):
+        label = torch.from_numpy(val.native_label(i)) if val.samples[i].label else val.label(i)
+        y = classify(z, label.shape).cpu()
+        confusion += confusion_matrix(label, y, classes)
+        read += torch.bincount(y.flatten(), minlength=classes)
     teacher.train()
-    return {"val_mIoU": 100 * np.nanmean(iou_from_confusion(confusion))}
+    return all_reduce(confusion), all_reduce(read)
+
+
+def symptoms(read, labelled: Scenes, differ: float) -> list[str]:
+    """What is wrong with the teacher, each with its mend. read: of `read_val`; differ: of `write_sheet`."""
+    share, found = labelled.pixels.sum(0) / labelled.pixels.sum(), []
+    lost = [name for k, name in enumerate(labelled.classes) if share[k] >= 0.01 and not read[k]]
+    if lost:
+        found.append(f"the teacher reads nothing in val as {', '.join(lost)}; raise balance")
+    if differ > 0.3:
+        found.append(f"student and teacher differ in {100 * differ:.0f} % of the pixels; lower selfens.lr")
+    return found
 
 
 def open_domains(cfg) -> dict:
@@ -251,8 +267,11 @@ def main() -> None:
         terms = selfens_step(nets, batch, c, delta_con, alpha, cast)
         terms["lr"] = nets.optimiser.param_groups[0]["lr"]
         if run.due("sheet", step):
-            write_sheet(run, step, nets, val)
-            terms |= val_miou(run, nets.teacher, val)
+            differ = write_sheet(run, step, nets, val)
+            confusion, read = read_val(run, nets.teacher, val)
+            run.warn(step, symptoms(read, domains["source"], differ))
+            if confusion.any():
+                terms["val_mIoU"] = 100 * np.nanmean(iou_from_confusion(confusion))
         run.log(step, terms)
         if run.due("save", step):
             states = {name: getattr(nets, name).state_dict() for name in ("student", "teacher", "optimiser")}

@@ -422,6 +422,46 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(pipeline, refused, mon
         assert load_checkpoint(folder / "last.pt", "")["step"] == 2
 
 
+# ------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["fseg.steps=1"], "warning: f_seg hardly reads"),
+    (["gan.lr_d=0"], r"L_D/scale1 is \d\.\d+: D is at chance"),
+    (["gan.lr_d=0.05", "gan.lr_g=0", "gan.steps=40"], r"L_D/scale1 is 0\.0\d: D wins.*lower gan.lr_d"),
+    (["gan.lr_g=0", "gan.warmup_lr=0"], "style_corr is -?0.0.*do not follow guides"),
+])  # fmt: skip
+def test_stage_1_says_what_goes_wrong(stage, pipeline, tmp_path, capsys, changes, words):
+    """An hour in, the sheets show it to those who look; each of these runs is made to fail in its way."""
+    ready = [] if "fseg" in changes[0] else [f"fseg.checkpoint={pipeline.folder / 'gan/fseg/last.pt'}"]
+    stage("train_gan", *pipeline.args, f"output={tmp_path}", "save_every=40", *ready, *changes)
+    shown = capsys.readouterr()
+    assert re.search(words, shown.out + shown.err), shown.err
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["selfens.steps=12", "selfens.lr=0.003", "balance=0"], "teacher reads nothing.*raise balance"),
+    (["selfens.lr=0.3", "selfens.steps=8"], r"student and teacher differ in \d+ % of the pixels; lower"),
+])  # fmt: skip
+def test_stage_3_says_what_goes_wrong(stage, pipeline, tmp_path, capsys, changes, words):
+    """A class that dies, and a student that the teacher cannot follow, look like training in the log."""
+    stage("train_selfens", *pipeline.args, f"output={tmp_path}", "selfens.variant=source_only", *changes)
+    assert re.search(f"warning: selfens/source_only, step .*{words}", capsys.readouterr().err)
+
+
+def test_the_page_of_a_run_stands_alone(stage, pipeline, duplicate):
+    """One file to send: every picture is in it, and nothing is fetched from anywhere."""
+    stage("figures", "page", duplicate.folder)
+    page = (duplicate.folder / "index.html").read_text()
+    assert page.count("<img") == page.count('src="data:image/png;base64,') > 8 and "<script" not in page
+    assert not re.findall(r"https?://", page)
+    for words in ("building", "TGCF-DA + SE, val", "gan/sheets/generated-0000004.png", "source labels"):
+        assert words in page
+    stage("figures", "curve", duplicate.folder, "--out", duplicate.folder / "curve.png")
+    stage("figures", "over", "target.labelled", duplicate.folder, "--out", duplicate.folder / "over.png")
+    assert all(Image.open(duplicate.folder / f"{name}.png").width > 500 for name in ("curve", "over"))
+
+
 # --------------------------------------------------------------------------- translators that are not trained
 
 
