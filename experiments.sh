@@ -1,38 +1,76 @@
 #!/usr/bin/env bash
 # The command of every row of RESULTS.md, plainly. What is finished is skipped, what was stopped continues.
-#     bash experiments.sh PAIR [SEED]     streets, day_dusk, carla or idd: the five variants, seed 0 by default
-#     bash experiments.sh table PAIR      the table of all seeds that have run
-#     bash experiments.sh judge PAIR      labels kept on repainted images, by an f_seg of seed 100
+#     bash experiments.sh ROW PAIR [SEED]     PAIR: streets, day_dusk, carla or idd; seed 0 by default
+# ROW is one of
+#     main                          the five variants
+#     long                          Source Only for three times the steps: as many images as TGCF-DA + SE sees
+#     reinhard, fda, jitter         the controls: images by a translator that is not trained
+#     mix, mix_balanced, mix_masked the ladder of mixing, from the seed's Source Only student
+#     more                          the rows that the ladder is compared with: the same further steps without mixing
+#     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
+#     KEY=VALUE                     an ablation: gan.* and fseg.* train another GAN, others use the main row's images
+#     judge                         labels kept on repainted images, by an f_seg of seed 100
+# and     bash experiments.sh table PAIR      the table of all that has run
 # Real data below data/ (README, "Published data sets"). On a CPU, OMP_NUM_THREADS=1 and two rows at a time get
 # most done.
 set -eu
 cd "$(dirname "$0")"
+[ $# -ge 2 ] || { sed -n '2,14p' "$0"; exit 2; }
+ROW=$1 PAIR=$2 SEED=${3:-0}
 
-config() {
-  case $1 in
-    streets) echo cfg.yaml ;;
-    day_dusk) echo configs/camvid_day_dusk.yaml ;;
-    carla) echo configs/carla_camvid.yaml ;;
-    idd) echo configs/idd_camvid.yaml ;;
-    *) echo "no such pair: $1" >&2; exit 2 ;;
-  esac
-}
+SPLITS=val FEW="4 16 64" LONG=1800
+case $PAIR in
+  streets) CFG=cfg.yaml LONG=480 ;;
+  day_dusk) CFG=configs/camvid_day_dusk.yaml FEW="4 16 62" ;;
+  carla) CFG=configs/carla_camvid.yaml SPLITS="val test val+test" ;;
+  idd) CFG=configs/idd_camvid.yaml SPLITS="val test val+test" ;;
+  *) echo "no such pair: $PAIR" >&2; exit 2 ;;
+esac
+MAIN=runs/$PAIR-$SEED
+IMAGES="augment.method=folder augment.folder=$MAIN/augmented"       # those of the main row
 
-variants() {  # what has to be there before it, then the variant
-  local run="$(config "$1") name=$1-$2 seed=$2"
-  python train_gan.py $run
-  python augment.py $run
-  for V in source_only self_ensembling tgcf_da tgcf_da_se target_only; do
-    python train_selfens.py $run selfens.variant=$V
-    python evaluate.py $run selfens.variant=$V
+learn() {  # "variants" key=value ...
+  local variants=$1
+  shift
+  for V in $variants; do
+    python train_selfens.py $CFG seed=$SEED "$@" selfens.variant=$V
+    for SPLIT in $SPLITS; do python evaluate.py $CFG seed=$SEED "$@" selfens.variant=$V --split $SPLIT; done
   done
 }
 
-case ${1:-help} in
-  help) sed -n '2,7p' "$0" ;;
-  table) python evaluate.py --table runs/"$2"-[0-9]* ;;
+paint() {  # key=value ...
+  case "$*" in *augment.method*) ;; *) python train_gan.py $CFG seed=$SEED "$@" ;; esac
+  python augment.py $CFG seed=$SEED "$@"
+}
+
+case $ROW in
+  main)
+    paint name=$PAIR-$SEED
+    learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=$PAIR-$SEED ;;
+  long) learn source_only name=${PAIR}_long-$SEED selfens.steps=$LONG ;;
+  reinhard | fda | jitter)
+    paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
+    learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
+  mix* | more)
+    FROM="name=${PAIR}_$ROW-$SEED selfens.pretrained=$MAIN/selfens/source_only/last.pt $IMAGES"
+    [ $ROW = more ] || FROM="$FROM selfens.consistency=$ROW"
+    paint $FROM
+    learn "self_ensembling tgcf_da_se" $FROM
+    [ $ROW != more ] || learn "source_only tgcf_da" $FROM ;;
+  labels)
+    for N in $FEW; do
+      paint name=${PAIR}_labels$N-$SEED $IMAGES
+      learn "source_only tgcf_da" name=${PAIR}_labels$N-$SEED $IMAGES target.labelled=$N
+    done ;;
   judge)
-    python train_gan.py $(config "$2") name="$2"-judge seed=100 gan.steps=0
-    python augment.py $(config "$2") name="$2"-0 --judge runs/"$2"-judge/gan/fseg/last.pt ;;
-  *) variants "$1" "${2:-0}" ;;
+    python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
+    python augment.py $CFG name=$PAIR-$SEED seed=$SEED --judge runs/$PAIR-judge/gan/fseg/last.pt ;;
+  table) python evaluate.py --table runs/$PAIR[-_]* ;;
+  gan.*=* | fseg.*=* | augment.*=*)
+    paint name=${PAIR}_${ROW/=/_}-$SEED $ROW
+    learn "tgcf_da tgcf_da_se" name=${PAIR}_${ROW/=/_}-$SEED $ROW ;;
+  *=*)
+    paint name=${PAIR}_${ROW/=/_}-$SEED $IMAGES
+    learn tgcf_da_se name=${PAIR}_${ROW/=/_}-$SEED $IMAGES $ROW ;;
+  *) echo "no such row: $ROW" >&2; exit 2 ;;
 esac
