@@ -27,7 +27,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = HERE / "cfg.yaml"
-if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent == HERE:
+if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent in (HERE, HERE / "baselines"):
     # The manual comes before torch is imported, which takes seconds.
     with contextlib.suppress(BrokenPipeError):  # `| head`
         print(sys.modules["__main__"].__doc__, SCHEMA.read_text(encoding="utf-8"), sep="\n", flush=True)
