@@ -91,7 +91,8 @@ def patch_nce(z_q: Tensor, z_k: Tensor, tau: float = TAU) -> Tensor:
 def nce(G: Translator, H: Heads, x: Tensor, x_g: Tensor, flip: bool, cast) -> Tensor:
     """L_PatchNCE(G, H, x), the mean over layers, at random places, the same in each image; x_g = G(x).
 
-    flip: x_g was made of the mirrored x, so that its maps are mirrored back.
+    flip: x_g was made of the mirrored x, so that its maps are mirrored back; where G pads the width, they are
+    then as many pixels off.
     """
     with torch.no_grad(), cast:
         keys = encode(G, x)
