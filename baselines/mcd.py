@@ -1,0 +1,196 @@
+"""MCD, maximum classifier discrepancy (Saito, Watanabe, Ushiku, Harada, CVPR 2018, arXiv 1712.02560).
+
+    python baselines/mcd.py cfg.yaml
+    python baselines/mcd.py cfg.yaml --se                      with self-ensembling
+    python baselines/mcd.py cfg.yaml --restart                 begin anew; the old folder is kept aside
+
+Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/baselines/mcd/ (mcd_se): last.pt with
+student and teacher, log.jsonl, TensorBoard events and image sheets, as stage 3 does. A run that was stopped
+continues from its last checkpoint.
+
+A generator of features G, two classifiers F1 and F2; p_i = softmax F_i(G(x)). One step on one batch is
+    A   min over G, F1, F2 of  CE(F1(G(x_s)), y_s) + CE(F2(G(x_s)), y_s)
+    B   min over F1, F2    of  the same - d(p_1(x_t), p_2(x_t))      they differ where the target is unlike,
+    C   min over G         of  d(p_1(x_t), p_2(x_t)), k times        and G makes it like the source
+with d(p_1, p_2) = 1/K sum over the K classes of |p_1 - p_2|, mean over cells.
+
+Ours: G is the trunk of stage 3's student, F1 its head, F2 one more with first weights of its own; d is taken
+before up-sampling; AdamW in place of SGD. Class weights, sampling, dropout and the teacher, the mean of G and
+F1 over the steps, are stage 3's. --se adds stage 3's delta_con L_con of G and F1 to step A, and nothing else.
+"""
+
+import copy
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
+
+from runtime import (  # noqa: E402
+    Run, UserError, autocast, average_gradients, command_line, load_weights, run_main, seed_torch,
+)  # fmt: skip
+
+# isort: split
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from datasets import Batches, Scenes, has_labels, to_float  # noqa: E402
+from losses import (  # noqa: E402
+    class_weights, consistency, cross_entropy, poly, set_lr, sigmoid_ramp_up, wide,
+)  # fmt: skip
+from models import adamw, build_segmenter, load_trunk, upsample  # noqa: E402
+from train_selfens import update_teacher, write_sheet  # noqa: E402
+
+
+class Maps(dict):
+    """A trunk's maps {stride: map} as a head's input, with the `shape` of the image, to which it cuts."""
+
+    def __init__(self, maps: dict, shape):
+        super().__init__(maps)
+        self.shape = shape
+
+
+def head_of(segmenter: nn.Module) -> nn.Module:
+    """The segmenter's own head as a network on `Maps`: nothing stands in the trunk's place."""
+    head = copy.copy(segmenter)
+    head._modules = segmenter._modules | {"trunk": nn.Identity()}
+    return head
+
+
+def discrepancy(logits_1: Tensor, logits_2: Tensor) -> Tensor:
+    """L_dis = d(p_1, p_2): |p_1 - p_2|, mean over classes, batch and cells; logits (N, K, h, w) -> scalar."""
+    return (wide(logits_1).softmax(1) - wide(logits_2).softmax(1)).abs().mean()
+
+
+def update(loss: Tensor, *parts) -> None:
+    """One update of the parts, (network, optimiser) each; all else keeps its weights and its gradients."""
+    for _, optimiser in parts:
+        optimiser.zero_grad()
+    loss.backward(inputs=[p for net, _ in parts for p in net.parameters()])
+    for net, optimiser in parts:
+        average_gradients(net)
+        optimiser.step()
+
+
+def mcd_step(nets, batch: dict, c, k: int, delta_con, alpha: float, cast) -> dict:
+    """Steps A, B and k times C, then the teacher's update. Returns the loss terms, scalars.
+
+    nets: student (G and F1), teacher, G, F (F1 and F2), opt_g, opt_f and weight (of the classes, or None);
+    batch: x_s, x_t (N, 3, H, W) in [-1, 1], y_s (N, H, W) train ids; c: the config's `selfens` section;
+    delta_con: weight of L_con, None without it; alpha: the teacher's part in its average.
+    """
+    student, G, F, (x_s, x_t, y_s) = nets.student, nets.G, nets.F, (batch[n] for n in ("x_s", "x_t", "y_s"))
+
+    def both(maps: dict, shape) -> list[Tensor]:
+        with cast:
+            return [head(Maps(maps, shape)) for head in F]
+
+    def supervised(maps: dict) -> Tensor:
+        return sum(cross_entropy(upsample(logits, student.stride, y_s.shape[-2:]), y_s, nets.weight)
+                   for logits in both(maps, x_s.shape))
+
+    # A: L_sup = CE(F1(G(x_s)), y_s) + CE(F2(G(x_s)), y_s)
+    with cast:
+        maps = G(x_s)
+    L_sup = supervised(maps)
+    loss, terms = L_sup, {"L_sup": L_sup.detach()}
+    # With --se: + delta_con L_con of F1(G(x_t + n)) and the teacher's reading of x_t + n'
+    if delta_con is not None:
+        with torch.no_grad(), cast:
+            teacher_logits = nets.teacher(x_t + c.noise_std * torch.randn_like(x_t))
+        with cast:
+            logits = student(x_t + c.noise_std * torch.randn_like(x_t))
+        L_con = consistency(logits, teacher_logits)
+        loss, terms = loss + delta_con * L_con, terms | {"L_con": L_con.detach(), "delta_con": delta_con}
+    update(loss, (G, nets.opt_g), (F, nets.opt_f))
+
+    # B: F1 and F2 on L_sup - L_dis, of what G now makes of both domains
+    with torch.no_grad(), cast:
+        maps, maps_t = G(x_s), G(x_t)
+    L_dis = discrepancy(*both(maps_t, x_t.shape))
+    update(supervised(maps) - L_dis, (F, nets.opt_f))
+    terms["L_dis"] = L_dis.detach()
+
+    # C, k times: G on L_dis
+    for _ in range(k):
+        with cast:
+            maps_t = G(x_t)
+        L_dis = discrepancy(*both(maps_t, x_t.shape))
+        update(L_dis, (G, nets.opt_g))
+    update_teacher(nets.teacher, student, alpha)
+    return terms | {"L_dis/C": L_dis.detach()}
+
+
+def build_nets(cfg, source: Scenes, run: Run) -> SimpleNamespace:
+    """What `mcd_step` trains, new or as the checkpoint has it, and the weight of each class."""
+    c, classes = cfg.selfens, len(source.classes)
+    seed_torch(cfg.seed, "mcd", "init")
+    student = build_segmenter(cfg, classes)
+    if not run.state:
+        load_trunk(student, cfg, "selfens")
+    seed_torch(cfg.seed, "mcd", "second head", "init")
+    other = build_segmenter(cfg, classes)
+    for net in (student, other):
+        net.to(run.device, memory_format=torch.channels_last)
+    teacher, F2 = copy.deepcopy(student).requires_grad_(False), head_of(other)
+    nets = SimpleNamespace(student=student, teacher=teacher, G=student.trunk, F2=F2)
+    nets.F = nn.ModuleList([head_of(student), F2])
+    # G alone must not be taken for a head, whose learning rate is another
+    nets.opt_g = adamw(nn.ModuleDict({"trunk": nets.G}), c.lr, cfg.head_lr, cfg.weight_decay)
+    nets.opt_f = adamw(nets.F, c.lr, cfg.head_lr, cfg.weight_decay)
+    nets.weight = class_weights(source.pixels, cfg.balance).to(run.device) if cfg.balance else None
+    if run.state:
+        for name in ("student", "teacher", "F2", "opt_g", "opt_f"):
+            load_weights(getattr(nets, name), run.state.get(name), run.path)
+    for net in (student, teacher, nets.F):
+        net.train()  # dropout
+    if cfg.compile:  # in place, so that the names in checkpoints stay
+        for net in (nets.G, teacher):
+            net.compile(dynamic=False)
+    return nets
+
+
+def main() -> None:
+    switch = {"action": "store_true"}
+    cfg, args = command_line(("--restart", switch), ("--se", switch), ("--k", {"type": int, "default": 4}))
+    c, variant = cfg.selfens, "mcd_se" if args.se else "mcd"
+    if not c.steps or args.k < 1:
+        raise UserError(f"selfens.steps={c.steps}, --k {args.k}: nothing would be trained; raise it")
+    source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
+    val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
+    data = {"source train": source.digest, "target train": target.digest, "--k": args.k}
+    sections = ("", "source", "target", "selfens")
+    run = Run(cfg, f"baselines/{variant}", sections, data, c.steps, args.restart)
+    if run.finished():
+        return
+    nets, cast = build_nets(cfg, source, run), autocast(run.device, run.precision)
+    batches = Batches(cfg, "selfens", {"source": source, "target": target}, rare=cfg.rare)
+    print(f"{variant}: {len(source)} source and {len(target)} target images, {c.steps} steps of {c.batch} "
+          f"per domain, k = {args.k}")
+
+    run.begin()
+    for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
+        seed_torch(cfg.seed, "mcd", step)  # noise and dropout
+        for optimiser in (nets.opt_g, nets.opt_f):
+            set_lr(optimiser, poly(step, c.steps))
+        y_s = batch.pop("y_s").to(run.device).long()
+        batch = {name: to_float(x, run.device) for name, x in batch.items()} | {"y_s": y_s}
+        delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps) if args.se else None
+        alpha = min(c.ema_decay, 1 - 1 / step)  # the true mean over the first steps
+        terms = mcd_step(nets, batch, c, args.k, delta_con, alpha, cast)
+        run.log(step, terms | {"lr": nets.opt_g.param_groups[0]["lr"]})
+        if run.due("sheet", step):
+            write_sheet(run, step, nets, val)
+        if run.due("save", step):
+            names = ("student", "teacher", "F2", "opt_g", "opt_f")
+            states = {name: getattr(nets, name).state_dict() for name in names}
+            run.save(step, **states, classes=list(val.classes), variant=variant)
+    run.close()
+    checkpoint = shlex.quote(str(run.path))
+    print(f"{variant}: {run.folder} is finished; "
+          f"next: python evaluate.py {args.items} --checkpoint {checkpoint} --split val")
+
+
+if __name__ == "__main__":
+    run_main(main)
