@@ -8,15 +8,9 @@ import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 
-from runtime import (
-    UserError, all_reduce, load_checkpoint, random_generator, rank, read_json, refuse_changes, stage_config,
-    weights_digest, world,
-)  # fmt: skip
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,8 +21,12 @@ from tqdm import tqdm
 
 from losses import IGNORE, confusion_matrix
 from pairs import (  # noqa: F401  the stages import from here
-    SUFFIXES, Sample, class_list, examine, find_samples, get_block, has_labels, id_table, read_image,
+    SUFFIXES, Sample, class_list, find_samples, get_block, has_labels, id_table, open_image, read_image,
     read_label,
+)  # fmt: skip
+from runtime import (
+    UserError, all_reduce, load_checkpoint, random_generator, rank, read_json, refuse_changes, stage_config,
+    weights_digest, world,
 )  # fmt: skip
 
 CACHE_BYTES = 2 << 30  # resized images that one data set keeps in memory, over all of its loader's processes
@@ -41,7 +39,7 @@ def resized(image: Image.Image, size) -> Tensor:
 
 def some_labelled(samples: list[Sample], count: int) -> list[Sample]:
     """`count` of those that have a label, evenly over the drives. Raises UserError where there are fewer."""
-    there = [sample for sample in samples if sample.label]
+    there = [s for s in samples if s.label.startswith("streets:") or all(map(os.path.exists, s[1:]))]
     if len(there) < count:
         raise UserError(f"target.labelled={count}: only {len(there)} images of train have labels; lower it")
     return [there[i] for i in np.linspace(0, len(there) - 1, count).round().astype(int)]
@@ -50,32 +48,52 @@ def some_labelled(samples: list[Sample], count: int) -> list[Sample]:
 class Scenes:
     """The images of a role and split, resized, and labels as train ids; none is opened without `labels`.
 
-    At the start every file's header is read, and a few files whole. Raises UserError for what is wrong.
+    At the start every file's header is read, and `decode` files as a whole: `whole`, their numbers, and
+    `counts`, (256,) pixels per train id. problems: [(sample name, what is wrong)], by `strict` a UserError.
     """
 
-    def __init__(self, cfg, role: str, split: str, labels: bool):
-        block, self.size = get_block(cfg, role), getattr(cfg, role).size
-        self.class_list, self.classes = class_list(cfg)
-        self.read, self.cached, self.room = block.read, {}, CACHE_BYTES
-        self.table = id_table(block, self.class_list, self.classes) if block.ids else None
-        self.samples, problems, _ = find_samples(cfg, role, split, labels)
+    def __init__(self, cfg, role: str, split: str, labels: bool, decode: int = 16, strict: bool = True):
+        self.read, self.size = get_block(cfg, role).read, getattr(cfg, role).size
+        (self.class_list, self.classes), self.table = class_list(cfg), id_table(cfg, role)
+        self.cached, self.room = {}, CACHE_BYTES
+        self.samples, self.unused = find_samples(cfg, role, split, labels)
         if labels and (role, split) == ("target", "train") and cfg.target.labelled:
-            self.samples, problems = some_labelled(self.samples, cfg.target.labelled), []
-        few = np.linspace(0, len(self) - 1, 16).astype(int)
-        decode = np.isin(np.arange(len(self)), few)
-        with ThreadPoolExecutor(8) as pool:  # headers on a network disk are a matter of waiting
-            found = pool.map(partial(examine, read=self.read, table=self.table), self.samples, decode)
-        problems += [(s.name, text) for s, (text, _) in zip(self.samples, found, strict=True) if text]
-        if problems:
-            mend = f"list {json.dumps(problems[0][0])} in {role}.exclude"
-            raise UserError(f"{problems[0][1]}; or {mend} ({len(problems)} problems; check.py names them)")
+            self.samples = some_labelled(self.samples, cfg.target.labelled)
+        self.whole = {*np.linspace(0, len(self) - 1, min(decode, len(self))).astype(int).tolist()}
+        with ThreadPoolExecutor(max(8, os.cpu_count())) as pool:  # a network disk is a matter of waiting
+            texts, counts = zip(*pool.map(self._examine, range(len(self))), strict=True)
+        self.problems = [(s.name, text) for s, text in zip(self.samples, texts, strict=True) if text]
+        self.counts = sum(counts)
+        if strict and self.problems:
+            (name, text), count = self.problems[0], len(self.problems)
+            raise UserError(f"{text}; or list {json.dumps(name)} in {role}.exclude ({count} problems; "
+                            "check.py names them)")
+
+    def _examine(self, i: int) -> tuple[str, np.ndarray]:
+        """(what is wrong with sample i, or "", (256,) pixels per train id); see the class."""
+        (_, *files), sizes, counts = self.samples[i], [], np.zeros(256, np.int64)
+        try:
+            if i in self.whole:
+                sizes = [read_image(self.samples[i].image).size]
+                if self.samples[i].label:
+                    label = self.native_label(i)
+                    sizes.append(label.shape[::-1])
+                    counts = np.bincount(label.ravel(), minlength=256)
+            elif not files[0].startswith("streets:"):
+                headers = [open_image(path, decode=False) for path in files if path]
+                sizes = [sorted(header.size) for header in headers]  # it may lie on its side
+            if sizes and sizes[0] != sizes[-1]:
+                raise UserError(f"{files[0]}: {sizes[0]} pixels, but its label {files[1]} has {sizes[1]}")
+            return "", counts
+        except UserError as error:
+            return str(error), counts
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @cached_property
     def digest(self) -> str:
-        """Number of samples, and a SHA-256 of names and file sizes: what a resumed run must find again."""
+        """Number of samples and SHA-256 of names and file sizes: what a resumed run must find again."""
         files = [(name, *(os.path.getsize(p) if p and os.path.exists(p) else p for p in paths))
                  for name, *paths in self.samples]
         return f"{len(self)} samples {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
@@ -88,7 +106,7 @@ class Scenes:
         return np.array(counts)[:, : len(self.classes)]
 
     def _keep(self, key: tuple, make) -> Tensor:
-        """make(), or what it gave the last time."""
+        """make(), or what it gave the last time, as far as there is room."""
         if key not in self.cached:
             value, worker = make(), torch.utils.data.get_worker_info()
             self.room -= value.nbytes * (worker.num_workers if worker else 1)
@@ -108,31 +126,29 @@ class Scenes:
     def label(self, i: int) -> Tensor:
         """(h, w) uint8 train ids, resized by nearest neighbour; all IGNORE if labels were not asked for."""
         def make():
-            if self.samples[i].label is None:
-                return torch.full(tuple(self.size), IGNORE, dtype=torch.uint8)
             label = Image.fromarray(self.native_label(i)).resize(self.size[::-1], Image.NEAREST)
-            return torch.from_numpy(np.asarray(label).copy())
+            return torch.from_numpy(np.array(label))
 
+        if self.samples[i].label is None:
+            return torch.full(tuple(self.size), IGNORE, dtype=torch.uint8)
         return self._keep(("label", i), make)
 
 
 class Augmented(Scenes):
-    """The finished images of augment.py: image s * len(source) + i is source image i in its s-th style.
-
-    Raises UserError where they are missing, incomplete, of another config, or not of the generator in gan/.
+    """augment.py's images, in the order of `planned_files`. Raises UserError where they are missing,
+    incomplete, of another config, or not of the generator in gan/.
     """
 
     def __init__(self, cfg, source: Scenes):
         self.folder, mend = Path(cfg.output, cfg.name, "augmented"), "run augment.py with this config first"
         self.size, self.cached, self.room = source.size, {}, CACHE_BYTES
         identity = read_json(self.folder / "identity.json", {"generator": str, "config": dict}, mend)
-        config, now = stage_config(cfg, ("", "source", "target", "augment")), {"source train": source.digest}
-        refuse_changes(identity["config"], config, self.folder)
+        now = stage_config(cfg, ("", "source", "target", "augment")) | {"source train": source.digest}
         if cfg.augment.method == "gan":
             path = Path(cfg.output, cfg.name, "gan", "last.pt")
             state = load_checkpoint(path, "it made the images; put it back", ("G",))
             now["generator"] = weights_digest(state["G"])
-        refuse_changes(identity, now, self.folder)
+        refuse_changes(identity["config"] | identity, now, self.folder)
         files = planned_files(self.folder, source, cfg.augment.styles_per_image)
         missing = [file for file in files if not file.is_file()]
         if missing:
@@ -172,8 +188,8 @@ def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> 
 def images_by_class(source: Scenes, rare: float) -> tuple[np.ndarray, list[np.ndarray]]:
     """Rare-class sampling (Hoyer, Dai, Van Gool 2022, DAFormer): a class is drawn, then one of its images.
 
-    rare: temperature T of P(c) ~ exp((1 - f_c) / T), f_c the class's share of the labelled pixels -> (P (C,),
-    each class's images, those with 1 pixel of it in 1,000 or more; without them P = 0).
+    rare: T of P(c) ~ exp((1 - f_c) / T), f_c the class's share of the labelled pixels -> (P (C,), 0 without
+    images; each class's images, those with 1 pixel of it in 1,000 or more).
     """
     images = [np.flatnonzero(some >= source.size[0] * source.size[1] / 1000) for some in source.pixels.T]
     there = np.array([len(some) > 0 for some in images])
@@ -184,9 +200,6 @@ def images_by_class(source: Scenes, rare: float) -> tuple[np.ndarray, list[np.nd
     return p / p.sum(), images
 
 
-permutation = lru_cache(maxsize=16)(lambda *key, n: random_generator(*key).permutation(n))
-
-
 class Batches(torch.utils.data.Dataset):
     """Item `step` (0, 1, ...) is this process's batch of that step, a function of (seed, section, step):
 
@@ -195,8 +208,8 @@ class Batches(torch.utils.data.Dataset):
         x_t (N, 3, h, w)                  target images
         x_l, y_l                          of the few labelled target images, as x_s and y_s
 
-    domains: some of {"source", "augmented", "target", "labelled": Scenes}. Each goes through its images in a
-    new random order each epoch; with `rare`, source images are drawn by class. section: of batch and crop.
+    domains: {"source", and maybe "augmented", "target", "labelled": Scenes}, each in a new random order each
+    epoch; with `rare`, source images are drawn by class. section: that of batch and crop.
     """
 
     def __init__(self, cfg, section: str, domains: dict, jitter: float = 0.0, rare: float = 0.0):
@@ -211,7 +224,7 @@ class Batches(torch.utils.data.Dataset):
         if domain == "source" and self.by_class:
             rng, (p, images) = random_generator(*self.key, "rare", position), self.by_class
             return int(rng.choice(images[rng.choice(len(p), p=p)]))
-        return int(permutation(*self.key, domain, position // n, n=n)[position % n])
+        return int(random_generator(*self.key, domain, position // n).permutation(n)[position % n])
 
     def _geometry(self, rng, position: int, *tensors: Tensor) -> list[Tensor]:
         """One flip and one crop for all of the tensors; the crop lies at the same place in every domain."""
@@ -225,17 +238,15 @@ class Batches(torch.utils.data.Dataset):
         return list(tensors)
 
     def _images(self, position: int) -> dict[str, Tensor]:
-        images = {}
-        if self.source:
-            n, rng = len(self.source), random_generator(*self.key, "source", position)
-            i = self._index("source", position, n)
-            tensors = [self.source.image(i), self.source.label(i)]
-            if self.augmented:
-                tensors.append(self.augmented.image(int(rng.integers(len(self.augmented) // n)) * n + i))
-            tensors = self._geometry(rng, position, *tensors)
-            if self.jitter:
-                tensors[0] = (photometric_jitter(tensors[0] / 255, self.jitter, rng) * 255).round().byte()
-            images = dict(zip(("x_s", "y_s", "x_g"), tensors, strict=False))
+        n, rng = len(self.source), random_generator(*self.key, "source", position)
+        i = self._index("source", position, n)
+        tensors = [self.source.image(i), self.source.label(i)]
+        if self.augmented:
+            tensors.append(self.augmented.image(int(rng.integers(len(self.augmented) // n)) * n + i))
+        tensors = self._geometry(rng, position, *tensors)
+        if self.jitter:
+            tensors[0] = (photometric_jitter(tensors[0] / 255, self.jitter, rng) * 255).round().byte()
+        images = dict(zip(("x_s", "y_s", "x_g"), tensors, strict=False))
         if self.target:
             rng = random_generator(*self.key, "target", position)
             x_t = self.target.image(self._index("target", position, len(self.target)))
