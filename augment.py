@@ -84,13 +84,11 @@ def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
 def ready_images(cfg, source: Scenes) -> list[Path]:
     """`augment.folder`'s files in the order of `planned_files`. Raises UserError where one is missing."""
     root, styles, found = Path(cfg.augment.folder), cfg.augment.styles_per_image, []
-    if not cfg.augment.folder or not root.is_dir():
-        raise UserError(f"augment.folder={root}: no such folder; set it to where the images lie")
     for path in planned_files(root, source, styles):
         path = path if styles > 1 else root / path.relative_to(root / "style0")
         there = [p for p in map(path.with_suffix, SUFFIXES) if p.is_file()]
         if not there:
-            raise UserError(f"{path}: no such translated image; each has the name of its source image")
+            raise UserError(f"{path}: no such image in augment.folder; it needs the name of its source image")
         found.append(there[0])
     return found
 
@@ -98,9 +96,8 @@ def ready_images(cfg, source: Scenes) -> list[Path]:
 def build_translator(cfg, source: Scenes, data: dict, device):
     """(translate, ready, digest): `augment.method` as a function, and what tells its images from others'.
 
-    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: for `folder`, the files in place
-    of source images; data: digests of what G must have been trained on. Raises UserError where G is not
-    trained to its end, or was trained with another config or other data.
+    translate(x_s, x_t), both (N, 3, H, W) in [-1, 1] -> (N, 3, H, W); ready: `folder`'s files, in place of
+    source images. Raises UserError where G is not trained to its end, by this config, on `data` (digests).
     """
     if cfg.augment.method == "reinhard":
         return reinhard, None, "reinhard"
@@ -136,12 +133,11 @@ def repaint(run: Run, translate, read, files: list[Path], batches: list[range]) 
 
 def write_manifest(folder: Path, files: list[Path], source: Scenes, guides: list[str]) -> None:
     """Names each image's source and guide, one JSON object a line."""
-    lines = []
-    for k, file in enumerate(files):
-        name = source.samples[k % len(source)].name
-        line = {"file": file.relative_to(folder).as_posix(), "source": name, "style": guides[k]}
-        lines.append(json.dumps(line) + "\n")
-    atomic_write(folder / "manifest.jsonl", lambda file: file.write("".join(lines).encode()))
+    text = ""
+    for k, (file, guide) in enumerate(zip(files, guides, strict=True)):
+        name, source_name = file.relative_to(folder).as_posix(), source.samples[k % len(source)].name
+        text += json.dumps({"file": name, "source": source_name, "style": guide}) + "\n"
+    atomic_write(folder / "manifest.jsonl", lambda file: file.write(text.encode()))
 
 
 def sheet(files: list[Path], source: Scenes, target: Scenes, guides: list[int]) -> Image.Image:
@@ -164,13 +160,10 @@ def main() -> None:
     batches = [range(count)[first : first + size] for first in range(0, count, size)]
     run = Run(cfg, "augmented", SECTIONS, {}, len(batches), args.restart)
     translate, ready, generator = build_translator(cfg, source, data, run.device)
-
-    # Images of another generator, config or other data must not mix with this one's.
-    path, identity = run.folder / "identity.json", {"generator": generator, "config": run.config} | data
-    if path.exists():
+    path, data = run.folder / "identity.json", data | {"generator": generator}
+    if path.exists():  # images of another generator, config or other data must not mix with this one's
         then = read_json(path, {"generator": str, "config": dict}, "use --restart to make the images anew")
-        now = stage_config(cfg, SECTIONS) | {"generator": generator} | data
-        refuse_changes(then["config"] | then, now, run.folder)
+        refuse_changes(then["config"] | then, stage_config(cfg, SECTIONS) | data, run.folder)
     files = planned_files(run.folder, source, cfg.augment.styles_per_image)
     guides = [int(random_generator(cfg.seed, "augment", k).integers(len(target))) for k in range(count)]
     # A batch of which an image is missing is made again as a whole: its bits do not depend on what was there.
@@ -181,7 +174,7 @@ def main() -> None:
 
     run.begin()
     if rank() == 0:
-        write_json(path, identity)
+        write_json(path, {"generator": generator, "config": run.config} | data)
         write_manifest(run.folder, files, source, [target.samples[i].name for i in guides])
 
     def read(k):

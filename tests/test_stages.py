@@ -527,7 +527,7 @@ def test_images_of_another_tool_train_and_can_be_judged(stage, pipeline, refused
     stage("augment", *args, "--judge", judge)
     assert json.loads((tmp_path / "jpg/eval/augmented_folder.json").read_text())["agreement"] < 1
     (tmp_path / "jpg/000001.jpg").unlink()
-    assert "000001.png: no such translated image" in refused("augment", *args, "name=fewer")
+    assert "000001.png: no such image in augment.folder" in refused("augment", *args, "name=fewer")
 
 
 def test_jitter_repaints_without_a_target(stage, pipeline, tmp_path):
