@@ -1,7 +1,6 @@
-"""What the stages share: config, command line, device, seeds, processes, files, run folder, sheets.
+"""What the stages share: config, command line, device, seeds, processes, files, sheets, run folder.
 
-Nothing here knows the method. What a user can mend ends in a `UserError`: one line that names the key or the
-file and the mend, exit status 2, no traceback.
+What a user can mend ends in a `UserError`: one line that names the key or file and the mend, exit status 2.
 """
 
 import argparse
@@ -54,35 +53,37 @@ def read_yaml(path) -> dict:
 
 
 @cache
-def schema() -> tuple[dict, dict, list]:
-    """cfg.yaml, whose head explains it: ({dotted key: default}, {dotted key: what is valid}, sections)."""
-    defaults, rules, sections = {}, {}, []
+def schema() -> tuple[dict, dict]:
+    """cfg.yaml, whose head explains it: ({dotted key: default}, {dotted key: what is valid})."""
+    defaults, rules, section = {}, {}, ""
     pattern = re.compile(r"^( *)(\w+):([^#\n]*).*?(?:\(([^()]*)\))?$", re.M)
     for indent, key, value, rule in pattern.findall(SCHEMA.read_text(encoding="utf-8")):
-        key = f"{sections[-1]}.{key}" if indent else key
-        if value.strip():
-            defaults[key], rules[key] = yaml.safe_load(value), rule
-        else:
-            sections.append(key)
-    return defaults, rules, sections
+        if not value.strip():
+            section = key
+            continue
+        key = f"{section}.{key}" if indent else key
+        defaults[key], rules[key] = yaml.safe_load(value), rule
+    return defaults, rules
 
 
 def fits(value, default, rule: str) -> bool:
     """Whether a value has its default's type and keeps its key's rule; heights and widths are 8 or more."""
     if " | " in rule:
         return value in rule.split(" | ")
+    if type(value) is not type(default):
+        return False
     if rule.startswith("height, width"):
-        right = isinstance(value, list) and all(type(v) is int and v >= 8 for v in value)
-        return right and (len(value) == 2 or (not value and rule.endswith("[]")))
-    if type(value) is type(default) and type(value) in (int, float):
+        empty = not value and rule.endswith("[]")
+        return empty or (len(value) == 2 and all(type(v) is int and v >= 8 for v in value))
+    if type(value) in (int, float):
         low, _, high = rule.removesuffix(" or more").partition(" to ")
-        return float(low or 0) <= value <= float(high or "inf") and math.isfinite(value)
-    return type(value) is type(default)
+        return float(low or 0) <= value <= float(high or sys.float_info.max)
+    return True
 
 
 def parse(key: str, value, where):
     """`value` for a key. Raises UserError, naming `where` and the key, for what does not fit."""
-    defaults, rules, _ = schema()
+    defaults, rules = schema()
     if key not in defaults:
         near = [k for k in defaults if k.endswith(f".{key}")] or difflib.get_close_matches(key, defaults, 1)
         hint = f"did you mean '{near[0]}'?" if near else "--help lists the keys"
@@ -92,28 +93,24 @@ def parse(key: str, value, where):
         with contextlib.suppress(ValueError):  # YAML reads 1e-4, without a dot, as text
             value = float(value)
     if not fits(value, default, rule):
-        near = difflib.get_close_matches(str(value), rule.split(" | "), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         kind = f"{type(default).__name__} ({rule or '0 or more'})"
-        raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}{hint}")
+        raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}")
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def load_config(path, overrides=()) -> SimpleNamespace:
     """cfg.yaml's defaults, then the YAML file, then `key=value` overrides; see `nested`."""
-    defaults, _, sections = schema()
+    defaults, _ = schema()
     flat = dict(defaults)
     for key, value in read_yaml(path).items():
-        inside = key in sections and isinstance(value, dict)
-        part = {f"{key}.{k}": v for k, v in value.items()} if inside else {str(key): value}
+        section = isinstance(value, dict) and key not in defaults
+        part = {f"{key}.{k}": v for k, v in value.items()} if section else {str(key): value}
         flat |= {k: parse(k, v, path) for k, v in part.items()}
     for item in overrides:
         key, _, text = item.partition("=")
-        try:
-            value = text if isinstance(defaults.get(key), str) else yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"command line: '{item}': not valid YAML after the '='") from None
-        flat[key] = parse(key, value, "command line")
+        with contextlib.suppress(yaml.YAMLError):  # `parse` refuses the text
+            text = text if isinstance(defaults.get(key), str) else yaml.safe_load(text)
+        flat[key] = parse(key, text, "command line")
     if not re.fullmatch(r"[\w-][\w.-]*", flat["name"]):
         raise UserError(f"'name' is made of letters, digits, '.', '_' and '-', not {flat['name']!r}")
     for key, size in [(k, s) for k in flat if k.endswith(".crop") for s in ("source.size", "target.size")]:
@@ -143,11 +140,10 @@ def command_line(*flags) -> tuple[SimpleNamespace, SimpleNamespace]:
     for name, settings in flags:
         parser.add_argument(name, **settings)
     args = parser.parse_intermixed_args()
-    files = [item for item in args.items if "=" not in item or os.path.isfile(item)]
-    path, *others = files or [SCHEMA]
-    if others:
+    files = [item for item in args.items if "=" not in item or os.path.isfile(item)] or [SCHEMA]
+    if len(files) > 1:
         error(f"one config file, not {' and '.join(files)}; overrides are key=value")
-    path = path if os.path.exists(path) else HERE / path  # called from another folder
+    path = files[0] if os.path.exists(files[0]) else HERE / files[0]  # called from another folder
     cfg = load_config(path, [item for item in args.items if item not in files])
     args.items = shlex.join(args.items)  # for the command of the next stage
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # meet torchrun's other processes
@@ -188,11 +184,11 @@ def run_main(main) -> None:
 # -------------------------------------------------------------------------------- device, seeds and processes
 def get_device(cfg) -> torch.device:
     """The device that `device` names, for this process. Raises UserError where there is none."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, each its own
-    if name not in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        raise UserError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices; use device=auto")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun, each its own
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
+    name = {"auto": own if len(known) > 1 else "cpu", "cuda": own}.get(cfg.device, cfg.device)
+    if name not in known:
+        raise UserError(f"device={name}: there are {', '.join(known)}; use device=auto")
     return torch.device(name)
 
 
@@ -232,10 +228,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def all_reduce(x: torch.Tensor, op: str = "SUM") -> torch.Tensor:
-    """The sum, or MAX, of x over the processes, in place. No gradient."""
+def all_reduce(x: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum, or what `op` says, of x over the processes, in place. No gradient."""
     if world() > 1:
-        dist.all_reduce(x, getattr(dist.ReduceOp, op))
+        dist.all_reduce(x, op)
     return x
 
 
@@ -283,33 +279,31 @@ def read_json(path, keys: dict, mend: str) -> dict:
 
 def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
     """A checkpoint with these state dicts, on the CPU; runs no code in it. Raises UserError with `mend`."""
+    kinds = {"step": int, "config": dict, "classes": list} | dict.fromkeys(parts, dict)
     try:
         with zipfile.ZipFile(path) as archive:  # a compressed one could grow without bound
-            assert not any(record.compress_type for record in archive.infolist())
+            assert not any(record.compress_type for record in archive.infolist()), "compressed"
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; {mend}") from None
+        for key, kind in kinds.items():
+            assert isinstance(state[key], kind), key
     except Exception as error:  # torch raises half a dozen types for what it refuses
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); {mend}") from None
-    for key, kind in ({"step": int, "config": dict, "classes": list} | dict.fromkeys(parts, dict)).items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise UserError(f"{path}: not such a checkpoint of this project: no '{key}' in it; {mend}")
+        raise UserError(f"{path}: missing, or not a readable checkpoint ({error!r:.80}); {mend}") from None
     return state
 
 
 def load_weights(module, state: dict, where) -> None:
     """load_state_dict of a network or optimiser. Raises UserError that names the file and one difference."""
-    what = "optimiser " if isinstance(module, torch.optim.Optimizer) else ""
+    optimiser = isinstance(module, torch.optim.Optimizer)
     try:
-        if what:  # a fused one crashes the process where shapes differ
+        if optimiser:  # a fused one crashes the process where shapes differ
             parameters = [p for group in module.param_groups for p in group["params"]]
             for i, moments in state["state"].items():
                 shapes = {moments[name].shape for name in ("exp_avg", "exp_avg_sq")}
                 assert shapes == {parameters[i].shape}, f"shape of parameter {i}"
         module.load_state_dict(state)
     except Exception as error:  # whatever a foreign file makes torch trip over
-        reason = str(error).rpartition("\n")[2].strip()
-        raise UserError(f"{where}: {what}of another architecture ({reason}); use its own config") from None
+        what, reason = "optimiser" * optimiser or "network", str(error).rpartition("\n")[2].strip()
+        raise UserError(f"{where}: {what} of another architecture ({reason}); use its own config") from None
 
 
 def weights_digest(state: dict) -> str:
@@ -382,11 +376,11 @@ def lock_folder(folder: Path) -> None:
 class Run:
     """One stage's folder OUTPUT/NAME/STAGE: lock, config, log, TensorBoard events, sheets, checkpoints.
 
-    sections: of the config, on which the result depends; data: {name: digest} of what it reads. `begin` is
-    the first to write. Raises UserError for a folder in use, or with a run of another config or other data.
+    sections: of the config, on which the result depends; data: {name: digest} of what it reads. Raises
+    UserError for a folder in use, or with a run of another config or other data. `begin` is first to write.
 
-    The state of a run is its checkpoint alone: draws are a function of (seed, stage, step), learning rates of
-    (step, steps), the log is cut back to the checkpoint. So a run that continues ends with the same bits.
+    A run's state is its checkpoint alone: draws are a function of (seed, stage, step), learning rates of
+    (step, steps), the log is cut back. So a run that continues ends with the same bits.
     """
 
     def __init__(self, cfg, stage: str, sections: tuple, data: dict, steps: int, restart: bool = False):
@@ -410,9 +404,10 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the checkpoint is the last step's; says so."""
-        if self.state and self.start >= self.steps:
+        finished = self.state is not None and self.start >= self.steps
+        if finished:
             print(f"{self.stage}: {self.folder} is finished, at step {self.start}; nothing to do")
-        return self.state is not None and self.start >= self.steps
+        return finished
 
     def begin(self) -> None:
         """Opens log and progress bar. From now on a signal to stop is kept until the step is done."""
@@ -448,7 +443,7 @@ class Run:
     def due(self, what: str, step: int) -> bool:
         """Whether "log", "sheet" or "save" is: each WHAT_every steps, at last, and to save by a signal."""
         if what == "save" and world() > 1:  # what one process has heard, all act upon after the same step
-            self.signal = int(all_reduce(torch.tensor(self.signal), "MAX"))
+            self.signal = int(all_reduce(torch.tensor(self.signal), dist.ReduceOp.MAX))
         every = self.cfg.log_every if what == "log" else self.cfg.save_every
         return step == self.steps or step % every == 0 or (what == "save" and self.signal > 0)
 
@@ -465,11 +460,11 @@ class Run:
             if not math.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from"
                                 " before it: lower the learning rate, or use precision=float32")
-            if due and rank() == 0:
-                self.events.add_scalar(f"{self.stage}/{name}", value, step)
         if due:
             self.logged.append(values)
         if due and rank() == 0:
+            for name, value in values.items():
+                self.events.add_scalar(f"{self.stage}/{name}", value, step)
             print(json.dumps({"step": step, **values}), file=self.log_file, flush=True)
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items()}, refresh=False)
 

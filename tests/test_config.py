@@ -23,7 +23,7 @@ CONFIGS = sorted(REPO.glob("configs/*.yaml"))
 
 def test_cfg_yaml_is_a_whole_schema():
     """A default gives a key its type, and its comment is the only manual: no key may lack them."""
-    defaults, rules, _ = schema()
+    defaults, rules = schema()
     assert None not in defaults.values() and len(defaults) <= 80
     for line in runtime.SCHEMA.read_text().splitlines():
         if re.match(r" *\w+:", line):
@@ -46,7 +46,7 @@ BAD = {  # what stands in mine.yaml -> what the one line has to say, as a regula
     "seed: -1": "'seed' must.*0 or more", "gan: {batch: 0}": "'gan.batch' must.*1 or more",
     "gan: {lr_g: .nan}": "'gan.lr_g' must.*0 or more", "gan: {d_layers: 9}": "'gan.d_layers' must.*1 to 8",
     "selfens: {ema_decay: 1.01}": "'selfens.ema_decay' must.*0 to 1", "gan: 3": "'gan'", "gan:": "'gan'",
-    "selfens: {variant: tgcf_da_es}": "'selfens.variant' must.* mean tgcf_da_se",
+    "selfens: {variant: tgcf_da_es}": "'selfens.variant' must.* tgcf_da_se .*tgcf_da_es",
     "source: {size: [96]}": r"'source.size' must.*width\)", "source: {ids: [1]}": "'source.ids' must.* dict",
     "gan: {crop: [64, 4]}": r"'gan.crop' must.*height, width, or \[\]",
     "gan: {crop: 64}": "'gan.crop' must", "gan: {steps: ": "cannot be read as YAML.*line 1",
@@ -75,7 +75,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     homes = [os.path.expanduser(path) for path in ("~/runs", "~/x", "~/a b=c")]
     assert [cfg.output, cfg.source.root, cfg.target.root] == homes
     for item, words in (("gan.steps=-3", "command line: 'gan.steps' must"), ("name=a/b", "'name'.*letters"),
-                        ("gan.crop=[64", "command line: 'gan.crop=.64': not valid YAML")):  # fmt: skip
+                        ("gan.crop=[64", "command line: 'gan.crop' must.*'.64'")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             load_config(path, [item])
 
