@@ -35,20 +35,17 @@ def check_split(cfg, role: str, split: str, full: bool, seen: dict) -> Scenes:
     note = "" if labels else ", labels not looked at"
     print(f"{role} {split:<7}{len(scenes):>6} images{note}, {len(scenes.whole)} decoded, "
           f"{len(scenes.problems)} problems")
-    if scenes.unused:
-        print(f"note: {len(scenes.unused)} image files are not used, such as {scenes.unused[0]}: "
-              f"not in {role}.files")
+    if unused := scenes.unused:
+        print(f"note: {len(unused)} image files are not used, such as {unused[0]}: not in {role}.files")
     return scenes
 
 
 def overlays(splits: list[Scenes]) -> list[list[np.ndarray]]:
     """[image, image with its label over it, ignored pixels dark] of 5 sound samples."""
-    sound = []
-    for scenes in splits:
-        bad = {name for name, _ in scenes.problems}
-        sound += [(scenes, i) for i in sorted(scenes.whole) if scenes.samples[i].name not in bad]
+    rows, bad = [], {name for scenes in splits for name, _ in scenes.problems}
+    whole = [(scenes, i) for scenes in splits for i in sorted(scenes.whole)]
+    sound = [(scenes, i) for scenes, i in whole if scenes.samples[i].name not in bad]
     sound = [(scenes, i) for scenes, i in sound if scenes.samples[i].label] or sound
-    rows = []
     for scenes, i in sound[:: max(1, len(sound) // 5)][:5]:
         image, label = scenes.image(i).permute(1, 2, 0).numpy(), colourise(scenes.label(i), scenes.classes)
         rows.append([image, (0.4 * image + 0.6 * label).astype(np.uint8)])
@@ -58,16 +55,14 @@ def overlays(splits: list[Scenes]) -> list[list[np.ndarray]]:
 def print_shares(classes: dict, pixels: dict) -> None:
     """Each class's share of the labelled pixels of each role, and notes on what has none."""
     print(f"\n{'share of labelled pixels, %':<30}" + "".join(f"{role:>8}" for role in pixels))
-    shares = {role: 100 * p[: len(classes)] / max(1, p[: len(classes)].sum()) for role, p in pixels.items()}
+    known = [p[: len(classes)] for p in pixels.values()]
     for k, name in enumerate(classes):
-        print(f"{name:<30}" + "".join(f"{share[k]:>8.2f}" for share in shares.values()))
+        print(f"{name:<30}" + "".join(f"{100 * p[k] / max(1, p.sum()):>8.2f}" for p in known))
     ignored = [100 * p[IGNORE] / max(1, p.sum()) for p in pixels.values()]
     print(f"{'ignored, of all pixels':<30}" + "".join(f"{share:>8.2f}" for share in ignored))
-    for role, share in shares.items():
-        absent = [name for name, part in zip(classes, share, strict=True) if not part]
-        if absent:
-            names = ", ".join(absent) if share.any() else "any class"
-            print(f"note: {role} has no labelled pixel of {names}")
+    for role, p in zip(pixels, known, strict=True):
+        if absent := [name for name, count in zip(classes, p, strict=True) if not count]:
+            print(f"note: {role} has no labelled pixel of {', '.join(absent) if p.any() else 'any class'}")
 
 
 def main() -> None:

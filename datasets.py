@@ -71,22 +71,20 @@ class Scenes:
 
     def _examine(self, i: int) -> tuple[str, np.ndarray]:
         """(what is wrong with sample i, or "", (256,) pixels per train id); see the class."""
-        (_, *files), sizes, counts = self.samples[i], [], np.zeros(256, np.int64)
+        (_, image, label), sizes, counts = self.samples[i], [], np.zeros(256, np.int64)
         try:
             if i in self.whole:
-                sizes = [read_image(self.samples[i].image).size]
-                if self.samples[i].label:
-                    label = self.native_label(i)
-                    sizes.append(label.shape[::-1])
-                    counts = np.bincount(label.ravel(), minlength=256)
-            elif not files[0].startswith("streets:"):
-                headers = [open_image(path, decode=False) for path in files if path]
-                sizes = [sorted(header.size) for header in headers]  # it may lie on its side
-            if sizes and sizes[0] != sizes[-1]:
-                raise UserError(f"{files[0]}: {sizes[0]} pixels, but its label {files[1]} has {sizes[1]}")
-            return "", counts
+                sizes = [read_image(image).size]
+                if label:
+                    ids = self.native_label(i)
+                    sizes.append(ids.shape[::-1])
+                    counts = np.bincount(ids.ravel(), minlength=256)
+            elif not image.startswith("streets:"):  # headers, which may lie on their sides
+                sizes = [sorted(open_image(path, decode=False).size) for path in (image, label) if path]
         except UserError as error:
             return str(error), counts
+        fits = not sizes or sizes[0] == sizes[-1]
+        return "" if fits else f"{image}: {sizes[0]} pixels, but its label {label} has {sizes[1]}", counts
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -268,8 +266,9 @@ class Batches(torch.utils.data.Dataset):
 
     def loader(self, start: int, steps: int, workers: int) -> torch.utils.data.DataLoader:
         """Batches of steps start ... steps - 1, in order, two read ahead by each of the worker processes."""
-        settings = {"sampler": range(start, steps), "num_workers": workers, "worker_init_fn": ignore_signals}
-        return torch.utils.data.DataLoader(self, None, pin_memory=torch.cuda.is_available(), **settings)
+        return torch.utils.data.DataLoader(
+            self, None, sampler=range(start, steps), num_workers=workers, worker_init_fn=ignore_signals,
+            pin_memory=torch.cuda.is_available())
 
 
 def ignore_signals(_worker: int) -> None:

@@ -378,7 +378,6 @@ class Run:
 
     sections: of the config, on which the result depends; data: {name: digest} of what it reads. Raises
     UserError for a folder in use, or with a run of another config or other data. `begin` is first to write.
-
     A run's state is its checkpoint alone: draws are a function of (seed, stage, step), learning rates of
     (step, steps), the log is cut back. So a run that continues ends with the same bits.
     """

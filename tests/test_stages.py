@@ -283,15 +283,15 @@ def test_stage_3_takes_the_images_of_the_generator_that_is_there_alone(stage, du
     assert str(duplicate.folder / "augmented") in line and "generator (" in line
     assert "generator (" in refused("augment", *args)
     shutil.rmtree(duplicate.folder / "gan")
-    assert "gan/last.pt: missing, or not a readable checkpoint" in refused("train_selfens", *args, "selfens.variant=tgcf_da")
+    assert "gan/last.pt: missing" in refused("train_selfens", *args, "selfens.variant=tgcf_da")
 
 
 def test_stages_that_have_not_run_are_named(refused, pipeline, duplicate, tmp_path):
     """Stages run in order: what is missing, or not finished, is an error that gives the command."""
     args = [*pipeline.args, f"output={tmp_path / 'new'}"]
-    assert "gan/last.pt: missing, or not a readable checkpoint" in refused("augment", *args)
+    assert "gan/last.pt: missing" in refused("augment", *args)
     assert re.search(r"augmented.*augment\.py", refused("train_selfens", *args))
-    assert "selfens/tgcf_da_se/last.pt: missing, or not a readable checkpoint" in refused("evaluate", *args)
+    assert "selfens/tgcf_da_se/last.pt: missing" in refused("evaluate", *args)
     path = duplicate.folder / "gan/last.pt"
     torch.save(load_checkpoint(path, "") | {"step": 2}, path)
     assert "step 2 of 4; run train_gan.py again" in refused("augment", *duplicate.args)
@@ -333,11 +333,11 @@ def test_no_code_in_a_checkpoint_runs_and_torn_ones_are_told(duplicate, refused,
     path = duplicate.folder / "selfens/tgcf_da_se/last.pt"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for name in ("train_selfens", "evaluate"):
-        assert f"{path}: missing, or not a readable checkpoint" in refused(name, *duplicate.args)
+        assert f"{path}: missing, or not a readable" in refused(name, *duplicate.args)
     path = duplicate.folder / "gan/last.pt"
     torch.save(load_checkpoint(path, "") | {"G": Evil(f"touch {shlex.quote(str(tmp_path / 'ran'))}")}, path)
     for name in ("augment", "train_gan"):
-        assert f"{path}: missing, or not a readable checkpoint" in refused(name, *duplicate.args)
+        assert f"{path}: missing, or not a readable" in refused(name, *duplicate.args)
     assert not (tmp_path / "ran").exists()
 
 
@@ -371,7 +371,7 @@ def test_training_that_does_nothing_does_not_pass(stage, refused, pipeline, tmp_
     assert not list(tmp_path.rglob("*.pt"))
     stage("train_gan", *args, "gan.steps=0", "fseg.steps=2")  # f_seg alone
     assert (tmp_path / "run/gan/fseg/last.pt").exists()
-    assert "gan/last.pt: missing, or not a readable checkpoint" in refused("augment", *args, "gan.steps=0", "fseg.steps=2")
+    assert "gan/last.pt: missing" in refused("augment", *args, "gan.steps=0", "fseg.steps=2")
 
 
 @pytest.mark.parametrize("section", ["fseg", "gan", "selfens"])
