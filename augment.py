@@ -193,11 +193,10 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------------ judge
 
-
 @torch.inference_mode()
 def look(f_seg, images: Augmented, source: Scenes, target: Scenes, device, cast) -> tuple:
-    """(right, kept, styles): pixels of each class, (256,), that f_seg reads rightly on source images, and of
-    these on repainted ones; style statistics (3, images, 6) of source images, repainted ones and guides.
+    """(right, kept, styles): (256,) pixels per class that f_seg reads rightly on source images, and of these
+    on repainted ones; style statistics (3, images, 6) of source images, repainted ones and guides.
     """
     lines = [json.loads(line) for line in (images.folder / "manifest.jsonl").read_text().splitlines()]
     number, n = {sample.name: i for i, sample in enumerate(target.samples)}, len(source)
@@ -217,8 +216,7 @@ def look(f_seg, images: Augmented, source: Scenes, target: Scenes, device, cast)
 def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
     """How images keep their labels and follow their guides, to eval/augmented_METHOD.json and the screen.
 
-    agreement: kept / right of `look`; style: mean distance of the style statistics from the guide's, and
-    their correlation with it over all images, beside the source's own.
+    agreement: kept / right of `look`; style: its statistics' distance from the guide's, and correlation.
     """
     device = get_device(cfg)
     f_seg, state = load_net(checkpoint, "f_seg", build_fseg, source.classes, device)
@@ -238,7 +236,7 @@ def judge(cfg, checkpoint: str, source: Scenes, target: Scenes) -> None:
     }  # fmt: skip
     path = Path(cfg.output, cfg.name, "eval", f"augmented_{cfg.augment.method}.json")
     write_json(path, result)
-    print("\n".join(f"{key}: {value}" for key, value in result.items() if key != "config"))
+    print(*(f"{key}: {value}" for key, value in result.items() if key != "config"), sep="\n")
     print(f"written: {path}")
 
 

@@ -43,8 +43,8 @@ def get_block(cfg, role: str) -> SimpleNamespace:
         wild = [WILD.findall(str(p)) for p in patterns if not str(p).startswith("/")]
         paired = len(wild) in (1, 1 + bool(ids)) and wild[0] and wild[0] == wild[-1]
         if split not in ("train", "val", "test") or not paired or len(wild) != len(patterns):
-            raise UserError(f"{role}.files: {split}: {patterns}: must be train, val or test: [images] or, with "
-                            "ids, [images, labels], below root, with the same *, ? and **/")
+            raise UserError(f"{role}.files: {split}: {patterns}: must be train, val or test: [images] or, "
+                            "if there are ids, [images, labels], below root, of the same *, ? and **/")
     if not all(isinstance(value, dict) for value in ids.values()):
         ids = {"own" if cfg.class_colours else cfg.classes: ids}
     for name, mapping in ids.items():
