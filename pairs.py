@@ -138,7 +138,7 @@ def list_files(root: Path, pattern: str) -> tuple[dict, list]:
 
 
 def list_pairs(root: Path, patterns: list) -> tuple[list[Sample], list[Sample], list[str]]:
-    """(images with labels, labels without images, image files of no use); what lacks has its path to be."""
+    """(images with labels, labels without images, unused image files); a missing file has its path to be."""
     def fill(pattern, words):
         return WILD.sub("%s", pattern.replace("%", "%%")) % words
 
@@ -173,9 +173,9 @@ def hold_out(paths: list[str], group: str, every: int) -> list[bool]:
 
 
 def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample], list[str]]:
-    """(samples in a fixed order, image files that are not used) of "source" or "target", as `list_pairs`.
+    """(samples in a fixed order, unused image files) of "source" or "target"; labels: whether they have any.
 
-    labels: whether samples have them. Raises UserError for a missing folder or split, and as `list_files`.
+    A missing file of a pair has the path that it should have. Raises UserError for a missing folder or split.
     """
     if "+" in split:  # as val+test
         found = [find_samples(cfg, role, one, labels) for one in split.split("+")]
