@@ -45,8 +45,7 @@ NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of the mIoU* 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str,
-          "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list,
-          "sequences": dict}  # fmt: skip
+          "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list}  # fmt: skip
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, by degrees of freedom
 
 # ------------------------------------------------------------------------------------------------------- use

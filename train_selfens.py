@@ -278,7 +278,8 @@ def main() -> None:
             names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
             run.save(step, **states, **names)
     run.close()
-    print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} --split val")
+    how = "--split val" if val.samples[0].label else "--images PHOTOS --out DIR"
+    print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPO, make_cfg, save_image, shell
+from conftest import REPO, make_cfg, rgba_label, save_image, shell
 from PIL import Image
 from published import OFFICIAL, PAIRS, TABLES, frame_ids, make_published, save_palette, save_red16
 
@@ -481,3 +481,26 @@ def test_what_makes_the_data_useless_as_a_whole_is_named(data, checked, fault, w
         (data / "source/va").symlink_to(data / "target/va")
     error, out = checked(fault)
     assert error and words in out, out
+
+
+@pytest.mark.parametrize("read", ["index", "red", "rgb"])
+def test_init_writes_a_config_that_passes_the_check(tmp_path, stage, capsys, read):
+    """The first hour: two folders in, a config out that lacks but the names, and the next command named."""
+    for i in range(8):
+        folder = tmp_path / f"sim/drive {i // 4}"
+        save_image(folder / f"rgb/{i:03d}.png", np.random.default_rng(i).integers(0, 256, (12, 16, 3)))
+        label = {"red": rgba_label(LABEL), "rgb": np.stack([LABEL, LABEL * 5, LABEL], -1)}.get(read, LABEL)
+        save_image(folder / f"seg/{i:03d}_ids.png", label)
+        save_image(tmp_path / f"cam/IMG_{i}.jpg", BLACK)
+    file = tmp_path / "mine.yaml"
+    stage("check", "--init", tmp_path / "sim", tmp_path / "cam", file)
+    assert f"next: give the classes in {file} their names, then python check" in capsys.readouterr().out
+    text = file.read_text()
+    assert f"read: {read}" in text and "# 50.00 %" in text and "class_" in text
+    stage("check", file, f"output={tmp_path}")
+    shown = capsys.readouterr().out
+    assert "7 images" in shown and "no problem in the sample; next: python train_gan.py" in shown
+    with pytest.raises(UserError, match="exists; give another name"):
+        stage("check", "--init", tmp_path / "sim", tmp_path / "cam", file)
+    with pytest.raises(UserError, match="not images and labels"):
+        stage("check", "--init", tmp_path / "cam", tmp_path / "cam", tmp_path / "other.yaml")

