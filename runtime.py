@@ -94,7 +94,8 @@ def parse(key: str, value, where):
             value = float(value)
     if not fits(value, default, rule):
         kind = f"{type(default).__name__} ({rule or '0 or more'})"
-        raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}")
+        near = [f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), rule.split(" | "), 1)]
+        raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}{''.join(near)}")
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
@@ -403,8 +404,7 @@ class Run:
 
     def finished(self) -> bool:
         """Whether the checkpoint is the last step's; says so."""
-        finished = self.state is not None and self.start >= self.steps
-        if finished:
+        if finished := self.state is not None and self.start >= self.steps:
             print(f"{self.stage}: {self.folder} is finished, at step {self.start}; nothing to do")
         return finished
 
@@ -424,8 +424,7 @@ class Run:
         info, log = environment(self.device, self.precision), self.folder / "log.jsonl"
         atomic_write(self.folder / "config.yaml", lambda f: yaml.safe_dump(self.config, f, encoding="utf-8"))
         write_json(self.folder / f"run-{self.start:07d}.json", info)
-        lines = log.read_text(errors="replace").splitlines(True) if log.exists() else []
-        # What comes after the checkpoint will be computed, and written, again.
+        lines = log.read_text(errors="replace").splitlines(True) if log.exists() else []  # to be cut back
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
         atomic_write(log, lambda file: file.write("".join(kept).encode()))
         self.log_file = open(log, "a")
@@ -459,8 +458,7 @@ class Run:
             if not math.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from"
                                 " before it: lower the learning rate, or use precision=float32")
-        if due:
-            self.logged.append(values)
+        self.logged += [values] * due
         if due and rank() == 0:
             for name, value in values.items():
                 self.events.add_scalar(f"{self.stage}/{name}", value, step)

@@ -46,7 +46,7 @@ BAD = {  # what stands in mine.yaml -> what the one line has to say, as a regula
     "seed: -1": "'seed' must.*0 or more", "gan: {batch: 0}": "'gan.batch' must.*1 or more",
     "gan: {lr_g: .nan}": "'gan.lr_g' must.*0 or more", "gan: {d_layers: 9}": "'gan.d_layers' must.*1 to 8",
     "selfens: {ema_decay: 1.01}": "'selfens.ema_decay' must.*0 to 1", "gan: 3": "'gan'", "gan:": "'gan'",
-    "selfens: {variant: tgcf_da_es}": "'selfens.variant' must.* tgcf_da_se .*tgcf_da_es",
+    "selfens: {variant: tgcf_da_es}": "'selfens.variant' must.* mean tgcf_da_se",
     "source: {size: [96]}": r"'source.size' must.*width\)", "source: {ids: [1]}": "'source.ids' must.* dict",
     "gan: {crop: [64, 4]}": r"'gan.crop' must.*height, width, or \[\]",
     "gan: {crop: 64}": "'gan.crop' must", "gan: {steps: ": "cannot be read as YAML.*line 1",
@@ -155,6 +155,6 @@ def test_the_code_stays_small():
     code = {path.name: path.read_text() for path in SOURCES}
     wrong = {name: text.count("\n") for name, text in code.items() if text.count("\n") > 500}
     whole, tests = "".join(code.values()), "".join(path.read_text() for path in REPO.glob("tests/*.py"))
-    sums = {"lines": whole.count("\n") / 3340, "bytes": len(whole.encode()) / 179_000,
-            "lines of tests": tests.count("\n") / 2800}  # fmt: skip
+    sums = {"lines": whole.count("\n") / 3900, "bytes": len(whole.encode()) / 211_000,
+            "lines of tests": tests.count("\n") / 3260}  # fmt: skip
     assert not wrong | {what: f"{part:.1%} of what is allowed" for what, part in sums.items() if part > 1}
