@@ -45,7 +45,6 @@ from models import build_fseg, build_generator, load_net
 SECTIONS = ("", "source", "target", "augment")
 
 # --------------------------------------------------------------------------- translators that are not trained
-
 # Reinhard et al. 2001, "Color Transfer between Images": RGB -> LMS -> logarithm -> l alpha beta.
 LMS = [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
 LMS = torch.tensor(LMS, dtype=torch.float64)
@@ -192,7 +191,6 @@ def main() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ judge
-
 @torch.inference_mode()
 def look(f_seg, images: Augmented, source: Scenes, target: Scenes, device, cast) -> tuple:
     """(right, kept, styles): (256,) pixels per class that f_seg reads rightly on source images, and of these

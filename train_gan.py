@@ -28,8 +28,6 @@ from losses import (
 from models import adamw, build_discriminator, build_fseg, build_generator, load_net, load_trunk
 
 # ------------------------------------------------------------------------------------------------------ f_seg
-
-
 def fseg_step(f_seg, optimiser, x_s, y_s, weight, cast) -> dict:
     """One update of f_seg. weight: as in `cross_entropy`; the other arguments as in `gan_step`."""
     # L_fseg = CE(f_seg(x_s), y_s)
@@ -101,8 +99,6 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- G and D
-
-
 def warm_up_step(nets, x_s, x_t, cast) -> dict:
     """One update of G as an auto-encoder in both domains; arguments as in `gan_step`.
 

@@ -94,7 +94,6 @@ def selfens_step(nets, batch: dict, c, delta_con: float, alpha: float, cast) -> 
 
 
 # ------------------------------------------------------------ not in the paper: selfens.consistency: mix...
-
 STRONG = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5, 0.1), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.2))])])
 
 
