@@ -8,6 +8,7 @@
 #     mix, mix_balanced, mix_masked the ladder of mixing, from the seed's Source Only student
 #     more                          the rows that the ladder is compared with: the same further steps without mixing
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
+#     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     KEY=VALUE                     an ablation: gan.* and fseg.* train another GAN, others use the main row's images
 #     judge                         labels kept on repainted images, by an f_seg of seed 100
 # and     bash experiments.sh table PAIR      the table of all that has run
@@ -15,7 +16,7 @@
 # most done.
 set -eu
 cd "$(dirname "$0")"
-[ $# -ge 2 ] || { sed -n '2,14p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,15p' "$0"; exit 2; }
 ROW=$1 PAIR=$2 SEED=${3:-0}
 
 SPLITS=val FEW="4 16 64" LONG=1800
@@ -61,6 +62,18 @@ case $ROW in
     for N in $FEW; do
       paint name=${PAIR}_labels$N-$SEED $IMAGES
       learn "source_only tgcf_da" name=${PAIR}_labels$N-$SEED $IMAGES target.labelled=$N
+    done ;;
+  cyclegan | cut | fastcut)
+    [ $ROW != fastcut ] && FAST= || FAST=--fast
+    python baselines/${ROW/fastcut/cut}.py $CFG name=$PAIR-$SEED seed=$SEED $FAST
+    IMAGES="augment.method=folder augment.folder=$MAIN/baselines/$ROW/images augment.styles_per_image=1"
+    paint name=${PAIR}_$ROW-$SEED $IMAGES
+    learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED $IMAGES ;;
+  mcd | dcan)
+    for SE in "" --se; do
+      python baselines/$ROW.py $CFG name=$PAIR-$SEED seed=$SEED $SE
+      FILE=$MAIN/baselines/$ROW${SE:+_se}/last.pt
+      for SPLIT in $SPLITS; do python evaluate.py $CFG name=$PAIR-$SEED --checkpoint $FILE --split $SPLIT; done
     done ;;
   judge)
     python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
