@@ -221,7 +221,7 @@ def symptoms(read, labelled: Scenes, differ: float) -> list[str]:
 def open_domains(cfg) -> dict:
     """{source, and as the variant has them augmented, target: Scenes}. For target_only source is target."""
     variant = cfg.selfens.variant
-    # Target labels are read by target_only and by nobody else.
+    # Target labels are read by target_only, N of them by target.labelled, and by nobody else.
     labelled = Scenes(cfg, "target" if variant == "target_only" else "source", "train", labels=True)
     domains = {"source": labelled}
     if variant in ("tgcf_da", "tgcf_da_se"):
