@@ -397,10 +397,12 @@ def class_mean(results: list[dict], name: str) -> float | None:
 
 def print_differences(rows: dict) -> None:
     """Paired differences in mIoU of what `collect` gives: within a run, and of a variant between runs."""
+    data = [f"{role}.{key}" for role in ("source", "target") for key in ("dataset", "files", "size")]
+    data = {key: [results[0]["config"].get(k) for k in data] for key, results in rows.items()}
     print("\ndifference in mIoU, mean over the seeds that both have, with its 95 % interval by Student's t")
     for a, b in combinations(rows, 2):
         changed = [k for k in (2, 3) if a[k] != b[k]]
-        if a[:2] != b[:2] or len(changed) != 1:
+        if a[:2] != b[:2] or len(changed) != 1 or data[a] != data[b]:
             continue
         first, second = ({r["config"]["seed"]: 100 * r["miou"] for r in rows[key]} for key in (a, b))
         gains = [second[seed] - first[seed] for seed in first if seed in second]
