@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The command of every row of RESULTS.md, plainly. What is finished is skipped, what was stopped continues.
-#     bash experiments.sh ROW PAIR [SEED]     PAIR: streets, day_dusk, carla or idd; seed 0 by default
+#     bash experiments.sh ROW PAIR [SEED [key=value ...]]     PAIR: streets, day_dusk, carla or idd; seed 0 by default
 # ROW is one of
 #     main                          the five variants
 #     long                          Source Only for three times the steps: as many images as TGCF-DA + SE sees
@@ -17,7 +17,7 @@
 set -eu
 cd "$(dirname "$0")"
 [ $# -ge 2 ] || { sed -n '2,15p' "$0"; exit 2; }
-ROW=$1 PAIR=$2 SEED=${3:-0}
+ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
 case $PAIR in
@@ -34,14 +34,14 @@ learn() {  # "variants" key=value ...
   local variants=$1
   shift
   for V in $variants; do
-    python train_selfens.py $CFG seed=$SEED "$@" selfens.variant=$V
-    for SPLIT in $SPLITS; do python evaluate.py $CFG seed=$SEED "$@" selfens.variant=$V --split $SPLIT; done
+    python train_selfens.py $CFG $KEYS "$@" selfens.variant=$V
+    for SPLIT in $SPLITS; do python evaluate.py $CFG $KEYS "$@" selfens.variant=$V --split $SPLIT; done
   done
 }
 
 paint() {  # key=value ...
-  case "$*" in *augment.method*) ;; *) python train_gan.py $CFG seed=$SEED "$@" ;; esac
-  python augment.py $CFG seed=$SEED "$@"
+  case "$*" in *augment.method*) ;; *) python train_gan.py $CFG $KEYS "$@" ;; esac
+  python augment.py $CFG $KEYS "$@"
 }
 
 case $ROW in
@@ -65,19 +65,19 @@ case $ROW in
     done ;;
   cyclegan | cut | fastcut)
     [ $ROW != fastcut ] && FAST= || FAST=--fast
-    python baselines/${ROW/fastcut/cut}.py $CFG name=$PAIR-$SEED seed=$SEED $FAST
+    python baselines/${ROW/fastcut/cut}.py $CFG name=$PAIR-$SEED $KEYS $FAST
     IMAGES="augment.method=folder augment.folder=$MAIN/baselines/$ROW/images augment.styles_per_image=1"
     paint name=${PAIR}_$ROW-$SEED $IMAGES
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED $IMAGES ;;
   mcd | dcan)
     for SE in "" --se; do
-      python baselines/$ROW.py $CFG name=$PAIR-$SEED seed=$SEED $SE
+      python baselines/$ROW.py $CFG name=$PAIR-$SEED $KEYS $SE
       FILE=$MAIN/baselines/$ROW${SE:+_se}/last.pt
-      for SPLIT in $SPLITS; do python evaluate.py $CFG name=$PAIR-$SEED --checkpoint $FILE --split $SPLIT; done
+      for SPLIT in $SPLITS; do python evaluate.py $CFG name=$PAIR-$SEED $KEYS --checkpoint $FILE --split $SPLIT; done
     done ;;
   judge)
     python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
-    python augment.py $CFG name=$PAIR-$SEED seed=$SEED --judge runs/$PAIR-judge/gan/fseg/last.pt ;;
+    python augment.py $CFG name=$PAIR-$SEED $KEYS --judge runs/$PAIR-judge/gan/fseg/last.pt ;;
   table) python evaluate.py --table runs/$PAIR[-_]* ;;
   gan.*=* | fseg.*=* | augment.*=*)
     paint name=${PAIR}_${ROW/=/_}-$SEED $ROW
