@@ -28,7 +28,9 @@ case $PAIR in
   *) echo "no such pair: $PAIR" >&2; exit 2 ;;
 esac
 MAIN=runs/$PAIR-$SEED
-IMAGES="augment.method=folder augment.folder=$MAIN/augmented"       # those of the main row
+IMAGES=$MAIN/augmented                # those of the main row, in one style or several
+[ -d $IMAGES/style1 ] || IMAGES=$IMAGES/style0
+IMAGES="augment.method=folder augment.folder=$IMAGES"
 
 learn() {  # "variants" key=value ...
   local variants=$1
