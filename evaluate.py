@@ -399,20 +399,19 @@ def print_differences(rows: dict) -> None:
     """Paired differences in mIoU of what `collect` gives: within a run, and of a variant between runs."""
     data = [f"{role}.{key}" for role in ("source", "target") for key in ("dataset", "files", "size")]
     data = {key: [results[0]["config"].get(k) for k in data] for key, results in rows.items()}
-    print("\ndifference in mIoU, mean over the seeds that both have, with its 95 % interval by Student's t")
+    lines = []
     for a, b in combinations(rows, 2):
         changed = [k for k in (2, 3) if a[k] != b[k]]
-        if a[:2] != b[:2] or len(changed) != 1 or data[a] != data[b]:
-            continue
         first, second = ({r["config"]["seed"]: 100 * r["miou"] for r in rows[key]} for key in (a, b))
         gains = [second[seed] - first[seed] for seed in first if seed in second]
-        words = f"  {b[2]} {b[3]} over {a[changed[0]]}, {a[0]}, {a[1]}"
-        if len(gains) > 1:
+        if a[:2] == b[:2] and len(changed) == 1 and data[a] == data[b] and len(gains) > 1:
             half = T95[min(len(gains), 10) - 2] * np.std(gains, ddof=1) / len(gains) ** 0.5
-            unsure = ", not resolved" if half >= abs(np.mean(gains)) else ""
-            print(f"{words}: {np.mean(gains):+.2f} ± {half:.2f} ({len(gains)} seeds{unsure})")
-        elif gains:
-            print(f"{words}: {gains[0]:+.2f} (1 seed)")
+            seeds = f"{len(gains)} seeds{', not resolved' if half >= abs(np.mean(gains)) else ''}"
+            what = f"  {b[2]} {b[3]} over {a[changed[0]]}, {a[0]}, {a[1]}"
+            lines.append(f"{what}: {np.mean(gains):+.2f} ± {half:.2f} ({seeds})")
+    if lines:
+        print("\ndifference in mIoU, mean over the seeds that both have, and its 95 % interval by Student's t")
+        print(*lines, sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------ main
