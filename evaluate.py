@@ -410,7 +410,7 @@ def print_differences(rows: dict) -> None:
             what = f"  {b[2]} {b[3]} over {a[changed[0]]}, {a[0]}, {a[1]}"
             lines.append(f"{what}: {np.mean(gains):+.2f} ± {half:.2f} ({seeds})")
     if lines:
-        print("\ndifference in mIoU, mean over the seeds that both have, and its 95 % interval by Student's t")
+        print("\ndifference in mIoU, mean over the seeds of both, and its 95 % interval by Student's t")
         print(*lines, sep="\n")
 
 
