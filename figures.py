@@ -91,11 +91,6 @@ def curve(runs: list[Path]):
     return figure
 
 
-def deviation(values: list) -> float:
-    """Of a sample; 0 for one value."""
-    return float(np.std(values, ddof=len(values) > 1))
-
-
 def over(key: str, runs: list[Path]):
     """mIoU of each variant's teacher over the values of a config key, mean and deviation over seeds."""
     results, need = {}, {"miou": float, "variant": str, "config": dict, "model": str, "split": str}
@@ -107,7 +102,8 @@ def over(key: str, runs: list[Path]):
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (variant, split), rows in results.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))
-        means, bars = ([f(rows[v]) for v in values] for f in (np.mean, deviation))
+        means = [np.mean(rows[v]) for v in values]
+        bars = [np.std(rows[v], ddof=len(rows[v]) > 1) for v in values]
         label = f"{LABELS.get(variant, variant)}, {split}"
         axes.errorbar([str(v) for v in values], means, bars, marker="o", lw=0.8, label=label)
     axes.set(xlabel=key, ylabel="mIoU, %")
@@ -272,16 +268,14 @@ def main() -> None:
     if figure in sheets:
         cfg, args = command_line(("--out", {}))
         return write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), png(sheets[figure](cfg)))
+    key = [sys.argv.pop(1)] if figure == "over" and len(sys.argv) > 1 else []
     parser = argparse.ArgumentParser()
-    if figure == "over":
-        parser.add_argument("key")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if figure == "page":
         return [write(args.out or run / "index.html", page(run).encode()) for run in args.runs]
-    drawn = over(args.key, args.runs) if figure == "over" else of_runs[figure](args.runs)
-    write(args.out or Path(f"{figure}.png"), png(drawn))
+    write(args.out or Path(f"{figure}.png"), png(of_runs[figure](*key, args.runs)))
 
 
 if __name__ == "__main__":
