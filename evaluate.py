@@ -62,10 +62,9 @@ class Segmenter:
         found = [Path(path, "selfens", variant, "last.pt") for variant in VARIANTS[:-1]]
         path = next((file for file in reversed(found) if file.exists()), path)
         settings = SimpleNamespace(device=device, precision=precision)
-        self.device = get_device(settings)
+        self.path, self.device = path, get_device(settings)
         self.cast = autocast(self.device, get_precision(settings, self.device))
         self.net, self.state = load_net(path, model, build_segmenter, None, self.device)
-        self.path = path
         self.classes, self.size = self.state["classes"], self.state["config"]["target.size"]
         colours = self.state.get("colours") or [*class_list(nested(self.state["config"]))[1].values()]
         if np.shape(colours) != (len(self.classes), 3):
@@ -81,10 +80,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def __call__(self, picture) -> np.ndarray:
-        """picture: a path, a PIL image or an RGB array (H, W, 3) uint8, of any size -> (H, W) uint8 ids.
-
-        Raises UserError for a file that cannot be read.
-        """
+        """picture: a path, PIL image or RGB array (H, W, 3) uint8 -> (H, W) uint8 ids. Raises UserError."""
         if isinstance(picture, (str, os.PathLike)):
             picture = read_image(str(picture))
         elif not isinstance(picture, Image.Image):
@@ -99,7 +95,7 @@ class Segmenter:
 
 
 def predict_video(net: Segmenter, path: Path, out: Path) -> None:
-    """A video with the prediction over it, to OUT/NAME.mp4, without sound. Raises UserError."""
+    """A video with the prediction over it, to OUT/NAME-overlay.mp4, without sound. Raises UserError."""
     import cv2  # half a second that only videos need
 
     video = cv2.VideoCapture(str(path))
@@ -108,7 +104,7 @@ def predict_video(net: Segmenter, path: Path, out: Path) -> None:
     if not video.isOpened() or not all(size):
         raise UserError(f"--images {path}: not a video that OpenCV can read; convert it to mp4")
     out.mkdir(parents=True, exist_ok=True)
-    file, unfinished = out / f"{path.stem}.mp4", out / f".{path.stem}.tmp.mp4"
+    file, unfinished = out / f"{path.stem}-overlay.mp4", out / f".{path.stem}.tmp.mp4"
     writer = cv2.VideoWriter(str(unfinished), cv2.VideoWriter_fourcc(*"mp4v"), rate or 25, [*map(int, size)])
     with tqdm(total=int(count), desc="predict", mininterval=1) as bar:
         while (frame := video.read()[1]) is not None:
@@ -140,8 +136,8 @@ def export_onnx(net: Segmenter, path: str) -> None:
     model, (h, w) = Upsampled(), net.size
     model.net = net.net.cpu()
     names = {"input_names": ["image"], "output_names": ["logits"]}
-    program = torch.onnx.export(model.eval(), (torch.zeros(1, 3, h, w),), dynamo=True, verbose=False, **names)
-    proto = program.model_proto
+    x = torch.zeros(1, 3, h, w)
+    proto = torch.onnx.export(model.eval(), (x,), dynamo=True, verbose=False, **names).model_proto
     prepared = "RGB of 0 to 255, resized bilinearly with antialiasing; value / 127.5 - 1"
     for key, value in {"input": "image", "height": h, "width": w, "normalisation": prepared,
                        "classes": json.dumps(net.classes), "colours": json.dumps(net.palette)}.items():

@@ -55,21 +55,16 @@ def png(figure) -> bytes:
     return content.getvalue()
 
 
-def write(path: Path, content: bytes) -> None:
-    atomic_write(path, lambda file: file.write(content))
-    print(f"written: {path}")
-
-
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl that are whole; [] if there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def read_result(run: Path, variant: str) -> dict:
-    """What evaluate.py wrote on a variant's teacher on val."""
-    path = run / "eval" / f"{variant}_teacher_val.json"
-    return read_json(path, {"per_class": dict, "confusion": list, "classes": list}, "run evaluate.py first")
+def read_result(path: Path) -> dict:
+    """What evaluate.py wrote. Raises UserError for another file."""
+    need = {"per_class": dict, "confusion": list, "classes": list, "protocol": str, "variant": str}
+    return read_json(path, need | {"miou": float, "split": str, "config": dict}, "evaluate.py writes it")
 
 
 def curve(runs: list[Path]):
@@ -93,10 +88,8 @@ def curve(runs: list[Path]):
 
 def over(key: str, runs: list[Path]):
     """mIoU of each variant's teacher over the values of a config key, mean and deviation over seeds."""
-    results, need = {}, {"miou": float, "variant": str, "config": dict, "model": str, "split": str}
-    paths = [path for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))]
-    for path in paths:
-        result = read_json(path, need, "give run folders that evaluate.py has measured")
+    results = {}
+    for result in (read_result(path) for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))):
         rows = results.setdefault((result["variant"], result["split"]), {})
         rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -163,10 +156,7 @@ def picture(figure, caption: str) -> str:
 
 def page_results(run: Path) -> list[str]:
     """What evaluate.py measured: IoU per class, shares of classes in labels and predictions, confusion."""
-    need = {"per_class": dict, "confusion": list, "classes": list, "protocol": str, "variant": str,
-            "miou": float, "split": str}  # fmt: skip
-    paths = sorted(run.glob("eval/*_teacher_*.json"))
-    results = [read_json(path, need, "evaluate.py writes it") for path in paths]
+    results = [read_result(path) for path in sorted(run.glob("eval/*_teacher_*.json"))]
     if not results:
         return ["<p>Not evaluated yet: python evaluate.py</p>"]
     heads = [f"{LABELS.get(r['variant'], r['variant'])}, {r['split']}" for r in results]
@@ -207,7 +197,7 @@ def share(runs: list[Path]):
     """Each class's gain in IoU by self-ensembling, with and without repainted images, over its share."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for after, before, marker in (("self_ensembling", "source_only", "s"), ("tgcf_da_se", "tgcf_da", "o")):
-        pairs = [[read_result(run, variant) for variant in (after, before)] for run in runs]
+        pairs = [[read_result(run / f"eval/{v}_teacher_val.json") for v in (after, before)] for run in runs]
         rows = dict(zip(pairs[0][0]["classes"], np.sum(pairs[0][0]["confusion"], 1), strict=True))
         names = [n for n, iou in pairs[0][0]["per_class"].items() if iou is not None]
         gains = [[100 * (a["per_class"][n] - b["per_class"][n]) for n in names] for a, b in pairs]
@@ -267,15 +257,20 @@ def main() -> None:
         raise UserError("command line: figures.py page, curve, over, share, variants or styles; see --help")
     if figure in sheets:
         cfg, args = command_line(("--out", {}))
-        return write(Path(args.out or Path(cfg.output, cfg.name, f"{figure}.png")), png(sheets[figure](cfg)))
-    key = [sys.argv.pop(1)] if figure == "over" and len(sys.argv) > 1 else []
-    parser = argparse.ArgumentParser()
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if figure == "page":
-        return [write(args.out or run / "index.html", page(run).encode()) for run in args.runs]
-    write(args.out or Path(f"{figure}.png"), png(of_runs[figure](*key, args.runs)))
+        written = {args.out or Path(cfg.output, cfg.name, f"{figure}.png"): png(sheets[figure](cfg))}
+    else:
+        key = [sys.argv.pop(1)] if figure == "over" and len(sys.argv) > 1 else []
+        parser = argparse.ArgumentParser()
+        parser.add_argument("runs", nargs="+", type=Path)
+        parser.add_argument("--out", type=Path)
+        args = parser.parse_args()
+        if figure == "page":
+            written = {args.out or run / "index.html": page(run).encode() for run in args.runs}
+        else:
+            written = {args.out or f"{figure}.png": png(of_runs[figure](*key, args.runs))}
+    for path, content in written.items():
+        atomic_write(Path(path), lambda file, content=content: file.write(content))
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -305,8 +305,8 @@ def test_a_checkpoint_that_was_sent_predicts_a_video(stage, cityscapes, tmp_path
     writer.release()
     sent = shutil.copy(cityscapes.checkpoint, tmp_path / "sent.pt")
     stage("evaluate", "--checkpoint", sent, "--images", tmp_path / "v.mp4", "--out", tmp_path / "out")
-    assert "v.mp4, 5 frames" in capsys.readouterr().out
-    before, after = (cv2.VideoCapture(str(tmp_path / name)) for name in ("v.mp4", "out/v.mp4"))
+    assert "v-overlay.mp4, 5 frames" in capsys.readouterr().out
+    before, after = (cv2.VideoCapture(str(tmp_path / name)) for name in ("v.mp4", "out/v-overlay.mp4"))
     net = Segmenter(sent)
     for _ in frames:
         x, y = (video.read()[1][..., ::-1].astype(float) for video in (before, after))
