@@ -47,8 +47,7 @@ def png(figure) -> bytes:
     if isinstance(figure, Image.Image):
         figure.save(content, "PNG")
         if content.tell() > 300_000:
-            content = io.BytesIO()
-            figure.quantize(256).save(content, "PNG", optimize=True)
+            figure.quantize(256).save(content := io.BytesIO(), "PNG", optimize=True)
     else:
         figure.savefig(content, format="png", dpi=110)
         plt.close(figure)
@@ -161,8 +160,7 @@ def page_results(run: Path) -> list[str]:
         return ["<p>Not evaluated yet: python evaluate.py</p>"]
     heads = [f"{LABELS.get(r['variant'], r['variant'])}, {r['split']}" for r in results]
     names, held_out, shares = results[0]["classes"], run / "gan/fseg/held_out.json", {}
-    if held_out.exists():
-        share = read_json(held_out, {"share": dict}, "train_gan.py writes it")["share"]
+    if held_out.exists() and (share := read_json(held_out, {}, "train_gan.py writes it").get("share")):
         shares["source labels (held out)"] = [share.get(name, 0) for name in names]
     for head, result in zip(heads, results, strict=True):
         shares |= {f"{result['split']} labels": np.sum(result["confusion"], 1)}
