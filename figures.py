@@ -155,7 +155,8 @@ def picture(figure, caption: str) -> str:
 
 def page_results(run: Path) -> list[str]:
     """What evaluate.py measured: IoU per class, shares of classes in labels and predictions, confusion."""
-    results = [read_result(path) for path in sorted(run.glob("eval/*_teacher_*.json"))]
+    results = map(read_result, sorted(run.glob("eval/*_teacher_*.json")))
+    results = sorted(results, key=lambda r: [*LABELS, r["variant"]].index(r["variant"]))
     if not results:
         return ["<p>Not evaluated yet: python evaluate.py</p>"]
     heads = [f"{LABELS.get(r['variant'], r['variant'])}, {r['split']}" for r in results]
@@ -187,8 +188,7 @@ def page(run: Path) -> str:
         for k in spread(len(sheets), 4) if sheets else ():
             parts.append(picture(Image.open(sheets[k]), f"{stage}/sheets/{sheets[k].name}"))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    body = "".join(parts)
-    return f'<!DOCTYPE html><html lang="en">{head}<style>{STYLE}</style><h1>{name}</h1>{body}</html>'
+    return "".join(['<!DOCTYPE html><html lang="en">', head, f"<style>{STYLE}</style><h1>{name}</h1>", *parts])
 
 
 def share(runs: list[Path]):
