@@ -188,7 +188,8 @@ def page(run: Path) -> str:
         for k in spread(len(sheets), 4) if sheets else ():
             parts.append(picture(Image.open(sheets[k]), f"{stage}/sheets/{sheets[k].name}"))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    return "".join(['<!DOCTYPE html><html lang="en">', head, f"<style>{STYLE}</style><h1>{name}</h1>", *parts])
+    parts = ['<!DOCTYPE html><html lang="en">', head, f"<style>{STYLE}</style><h1>{name}</h1>", *parts]
+    return "".join(parts)
 
 
 def share(runs: list[Path]):
