@@ -14,12 +14,12 @@ One operation aligns in image and in feature space, channel by channel:
                  network's maps phi_l:  min over T of  L_content + lambda_style L_style, which stand below
     segmenter    trunk E, head H:  min over E, H of  CE(H(align(E(x_g), E(x_t))), y_s);  it reads H(E(x_t))
 
-Ours: phi is `fseg.trunk` where VGG-19 was used; errors on it are relative to the mean square of what they are
-compared with, as its maps differ in scale; content is compared at stride 8, style at 4, 8 and 16. T has stage
-1's widths, depth and rates, aligned shortcuts, and begins as an auto-encoder, as G does there. T is trained
-first, then the segmenter, with one translation of each source image, by the guide that augment.py draws. All
-maps that the head reads are aligned; no gradient goes to the target's statistics. All else of the segmenter,
-the teacher, too, is stage 3's. --se adds stage 3's delta_con L_con, and nothing else.
+Ours: layers and weights; phi, `fseg.trunk`, was VGG-19; errors on it are relative to the mean square of what
+they are compared with, as its maps differ in scale; content is compared at stride 8, style at 4, 8 and 16. T
+has stage 1's widths, depth and rates, aligned shortcuts, and begins as an auto-encoder, as G does there. T is
+trained first, then the segmenter, with one translation of each source image, by the guide that augment.py
+draws. All maps that the head reads are aligned; no gradient goes to the target's statistics. All else of the
+segmenter, the teacher, too, is stage 3's. --se adds stage 3's delta_con L_con, and nothing else.
 """
 
 import copy
