@@ -118,17 +118,17 @@ class Scenes:
         return self._keep(("image", i), lambda: resized(read_image(self.samples[i].image), self.size))
 
     def native_label(self, i: int) -> np.ndarray:
-        """(H, W) uint8 train ids at the label's own resolution."""
+        """(H, W) uint8 train ids at the label's own size; without a label all IGNORE, of `size`."""
+        if self.samples[i].label is None:
+            return np.full(self.size, IGNORE, np.uint8)
         return read_label(self.samples[i].label, self.read, self.table)
 
     def label(self, i: int) -> Tensor:
-        """(h, w) uint8 train ids, resized by nearest neighbour; all IGNORE if labels were not asked for."""
+        """(h, w) uint8 train ids, resized by nearest neighbour."""
         def make():
             label = Image.fromarray(self.native_label(i)).resize(self.size[::-1], Image.NEAREST)
             return torch.from_numpy(np.array(label))
 
-        if self.samples[i].label is None:
-            return torch.full(tuple(self.size), IGNORE, dtype=torch.uint8)
         return self._keep(("label", i), make)
 
 

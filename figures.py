@@ -134,10 +134,12 @@ def confusion(result: dict):
     return figure
 
 
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em }
+HEAD = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em }
 img { max-width: 100%; height: auto } figure { margin: 1em 0 } figcaption { overflow-wrap: anywhere }
 .wide { overflow-x: auto } td, th { padding: .1em .6em; text-align: right }
-:first-child { text-align: left }"""
+:first-child { text-align: left }</style>"""
 
 
 def table(head: list, rows: list[list]) -> str:
@@ -187,9 +189,7 @@ def page(run: Path) -> str:
             parts.append(picture(losses(log, stage), f"{stage}: loss terms over steps"))
         for k in spread(len(sheets), 4) if sheets else ():
             parts.append(picture(Image.open(sheets[k]), f"{stage}/sheets/{sheets[k].name}"))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    parts = ['<!DOCTYPE html><html lang="en">', head, f"<style>{STYLE}</style><h1>{name}</h1>", *parts]
-    return "".join(parts)
+    return "".join([HEAD, f"<title>{name}</title><h1>{name}</h1>", *parts])
 
 
 def share(runs: list[Path]):

@@ -36,10 +36,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from datasets import Augmented, Batches, Scenes, classify, colourise, has_labels, predictions, to_float
+from datasets import Augmented, Batches, Scenes, colourise, has_labels, measure, to_float
 from losses import (
-    IGNORE, class_weights, confusion_matrix, consistency, cross_entropy, iou_from_confusion, poly, set_lr,
-    sigmoid_ramp_up,
+    IGNORE, class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
 )  # fmt: skip
 from models import adamw, build_segmenter, load_trunk, upsample
 
@@ -196,15 +195,14 @@ def read_val(run: Run, teacher, val: Scenes) -> tuple[torch.Tensor, torch.Tensor
         with autocast(run.device, run.precision):
             return upsample(teacher(x), teacher.stride, x.shape[-2:])
 
-    classes, teacher = len(val.classes), teacher.eval()
-    confusion, read = torch.zeros(classes, classes).long(), torch.zeros(classes).long()
-    for i, z in predictions(predict, val.image, len(val), run.cfg.inference_batch, run.device):
-        label = torch.from_numpy(val.native_label(i)) if val.samples[i].label else val.label(i)
-        y = classify(z, label.shape).cpu()
-        confusion += confusion_matrix(label, y, classes)
-        read += torch.bincount(y.flatten(), minlength=classes)
+    def count(_i, y):
+        read.add_(torch.bincount(y.flatten(), minlength=len(read)).cpu())
+
+    read = torch.zeros(len(val.classes)).long()
+    teacher.eval()
+    confusion = measure(predict, val, run.cfg.inference_batch, run.device, seen=count).sum(0)
     teacher.train()
-    return all_reduce(confusion), all_reduce(read)
+    return confusion, all_reduce(read)
 
 
 def symptoms(read, labelled: Scenes, differ: float) -> list[str]:
