@@ -10,7 +10,7 @@
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     KEY=VALUE                     an ablation: gan.* and fseg.* train another GAN, others use the main row's images
-#     judge                         labels kept on repainted images, by an f_seg of seed 100
+#     judge                         labels and styles kept by the images of the rows above, by an f_seg of seed 100
 # and     bash experiments.sh table PAIR      the table of all that has run
 # Real data below data/ (README, "Published data sets"). On a CPU, OMP_NUM_THREADS=1 and two rows at a time get
 # most done.
@@ -79,7 +79,10 @@ case $ROW in
     done ;;
   judge)
     python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
-    python augment.py $CFG name=$PAIR-$SEED $KEYS --judge runs/$PAIR-judge/gan/fseg/last.pt ;;
+    for RUN in runs/$PAIR-$SEED runs/${PAIR}_{reinhard,fda,jitter,cyclegan,cut,fastcut}-$SEED; do
+      [ ! -f $RUN/augmented/identity.json ] ||
+        python augment.py $RUN/augmented/config.yaml --judge runs/$PAIR-judge/gan/fseg/last.pt
+    done ;;
   table) python evaluate.py --table runs/$PAIR[-_]* ;;
   gan.*=* | fseg.*=* | augment.*=*)
     paint name=${PAIR}_${ROW/=/_}-$SEED $ROW

@@ -2,10 +2,12 @@
 
     python tests/bench.py [CFG key=value ...]              training steps over their bare passes
     python tests/bench.py [CFG key=value ...] --count      parameters, FLOPs and memory of each step, not run
+    python tests/bench.py [CFG key=value ...] --translators    TGCF-DA's GAN, CycleGAN, CUT and FastCUT
     python tests/bench.py [CFG key=value ...] --munit DIR  the GAN's step against MUNIT's, DIR a clone of it
 
-The first prints ratios of things that took turns. --munit runs both at MUNIT's published widths
-(synthia2cityscape, without its perceptual loss), 128x256, batch 1, float32, one thread, a process each.
+The first prints ratios of things that took turns. The last two run each method in a process of its own, on
+one thread of the CPU, in float32; --munit at MUNIT's published widths (synthia2cityscape, without its
+perceptual loss), 128x256, batch 1.
 """
 
 import json
@@ -25,6 +27,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from baselines import cut, cyclegan  # noqa: E402
 from datasets import class_list  # noqa: E402
 from models import (  # noqa: E402
     adamw, build_discriminator, build_fseg, build_generator, build_segmenter,
@@ -35,6 +38,7 @@ from train_selfens import selfens_step  # noqa: E402
 MUNIT = {"gan.width": 64, "gan.style_dim": 8, "gan.mlp_dim": 256, "gan.downsamples": 2, "gan.res_blocks": 4,
          "gan.d_width": 64, "gan.d_layers": 4, "gan.d_scales": 3, "gan.batch": 1, "gan.crop": [128, 256],
          "gan.lambda_rec": 0.0}  # fmt: skip
+TRANSLATORS = ("TGCF-DA", "CycleGAN", "CUT", "FastCUT")
 
 
 def images(n: int, size, device):
@@ -57,7 +61,7 @@ def seconds(functions: dict, rounds: int) -> dict:
 
 
 def gan(cfg, classes: int, device, cast):
-    """(a step of the GAN, its bare passes) as functions."""
+    """(a step of the GAN, its bare passes) as functions, and its networks."""
     c = cfg.gan
     nets = SimpleNamespace(f_seg=build_fseg(cfg, classes), G=build_generator(cfg), D=build_discriminator(cfg))
     for net in (nets.f_seg, nets.G, nets.D):
@@ -80,7 +84,7 @@ def gan(cfg, classes: int, device, cast):
             more = nets.G(x_t, x_t).float().sum() if c.lambda_rec else 0
         (sum(s.float().sum() for s in scores) + logits.float().sum() + more).backward()
 
-    return lambda: gan_step(nets, x_s, x_t, y_s, c, cast), passes
+    return lambda: gan_step(nets, x_s, x_t, y_s, c, cast), passes, nets
 
 
 def selfens(cfg, classes: int, device, cast):
@@ -155,42 +159,82 @@ def munit_step(clone: str):
     return step
 
 
-def contestant(cfg, clone: str | None) -> None:
-    """Prints {seconds, MiB} of a step of ours, or of MUNIT's with its clone; the child process of --munit."""
+def translator(cfg, name: str, cast):
+    """(a step, a function that translates a batch of images of the training's size, the networks)."""
+    cpu, c = torch.device("cpu"), cfg.gan
+    run = SimpleNamespace(device=cpu, state=None, folder=Path(name))
+    x, y = (images(c.batch, c.crop or cfg.source.size, cpu) for _ in range(2))
+    whole, guides = images(cfg.inference_batch, cfg.source.size, cpu), images(1, cfg.target.size, cpu)
+    if name == "TGCF-DA":
+        step, _, nets = gan(cfg, len(class_list(cfg)[1]), cpu, cast)
+        guides = guides.expand(len(whole), -1, -1, -1)
+        return step, lambda: nets.G(whole, guides), nets
+    if name == "CycleGAN":
+        parts = {k: cyclegan.build_translator(cfg) for k in "GF"}
+        parts |= {k: build_discriminator(cfg) for k in ("D_X", "D_Y")}
+        optimisers = {"opt_g": (c.lr_g, ("G", "F")), "opt_d": (c.lr_d, ("D_X", "D_Y"))}
+        nets = cyclegan.prepare(cfg, run, parts, optimisers)
+        return lambda: cyclegan.cyclegan_step(nets, x, y, 10.0, 0.5, cast), lambda: nets.G(whole), nets
+    nets = cut.build_nets(cfg, run)
+    return lambda: cut.cut_step(nets, x, y, 1.0, name == "FastCUT", cast), lambda: nets.G(whole), nets
+
+
+def contestant(cfg, name: str) -> None:
+    """Prints what a step of a method costs, or of the MUNIT cloned to `name`; in a process of its own."""
     torch.set_num_threads(1)
+    cast, found = autocast(torch.device("cpu"), "float32"), {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if clone:
-        step = munit_step(clone)
+    if name == "ours":
+        step = gan(nested(cfg.flat | MUNIT), 19, torch.device("cpu"), cast)[0]
+    elif name in TRANSLATORS:
+        step, paint, nets = translator(cfg, name, cast)
+        trained = [net for net in vars(nets).values() if isinstance(net, torch.nn.Module)]
+        found["parameters"] = sum(p.numel() for net in trained for p in net.parameters() if p.requires_grad)
     else:
-        cpu = torch.device("cpu")
-        step = gan(nested(cfg.flat | MUNIT), 19, cpu, autocast(cpu, "float32"))[0]
-    took = seconds({"step": step}, 3)["step"]
-    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": took, "MiB": more / 1024}))
+        step = munit_step(name)
+    found["s/step"] = seconds({"step": step}, 5)["step"]
+    found["MiB"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if name in TRANSLATORS:
+        with torch.inference_mode():
+            found["s/image"] = seconds({"paint": paint}, 5)["paint"] / cfg.inference_batch
+    print(json.dumps(found))
+
+
+def costs(names) -> list[dict]:
+    """What `contestant` prints of each."""
+    found = []
+    for name in names:
+        command = [sys.executable, *(a for a in sys.argv if a != "--translators"), "--contestant", name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found.append(json.loads(text.splitlines()[-1]))
+    return found
 
 
 def main() -> None:
     flags = ("--rounds", {"type": int, "default": 10}), ("--count", {"action": "store_true"})
-    cfg, args = command_line(*flags, ("--munit", {}), ("--contestant", {}))
+    flags += ("--translators", {"action": "store_true"}), ("--munit", {}), ("--contestant", {})
+    cfg, args = command_line(*flags)
     classes = len(class_list(cfg)[1])
     if args.contestant:
-        return contestant(cfg, args.contestant if args.contestant != "ours" else None)
+        return contestant(cfg, args.contestant)
     if args.count:
         return count(cfg, classes)
+    if args.translators:
+        print("           10^6 parameters   s/step  s/image    MiB    minutes of training")
+        for name, cost in zip(TRANSLATORS, costs(TRANSLATORS), strict=True):
+            print(f"{name:<10}{cost['parameters'] / 1e6:>16.2f}{cost['s/step']:>9.2f}{cost['s/image']:>9.3f}"
+                  f"{cost['MiB']:>7.0f}{cost['s/step'] * cfg.gan.steps / 60:>23.1f}")
+        return
     if args.munit:
-        found = []
-        for who in ("ours", args.munit):
-            command = [sys.executable, *sys.argv[:-2], "--contestant", who]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(text.splitlines()[-1]))
-        (ours, our_memory), (theirs, their_memory) = (some.values() for some in found)
-        print(f"MUNIT's step takes {theirs / ours:.2f} times ours ({theirs:.1f}, {ours:.1f} s); ours needs "
-              f"{our_memory / their_memory:.2f} of the memory ({our_memory:.0f}, {their_memory:.0f} MB)")
+        ours, munit = costs(["ours", args.munit])
+        print(f"MUNIT's step takes {munit['s/step'] / ours['s/step']:.2f} times ours ({munit['s/step']:.1f}, "
+              f"{ours['s/step']:.1f} s); ours needs {ours['MiB'] / munit['MiB']:.2f} of the memory "
+              f"({ours['MiB']:.0f}, {munit['MiB']:.0f} MB)")
         return
     device = get_device(cfg)
     cast = autocast(device, get_precision(cfg, device))
     for name, make in (("GAN", gan), ("self-ensembling", selfens)):
-        step, passes = make(cfg, classes, device, cast)
+        step, passes, *_ = make(cfg, classes, device, cast)
         took = seconds({"step": step, "passes": passes}, args.rounds)
         print(f"{name}: a step takes {took['step'] / took['passes']:.3f} of its bare passes "
               f"({1000 * took['step']:.0f} and {1000 * took['passes']:.0f} ms)")
