@@ -3,7 +3,7 @@
 #     bash experiments.sh ROW PAIR [SEED [key=value ...]]     PAIR: streets, day_dusk, carla or idd; seed 0 by default
 # ROW is one of
 #     main                          the five variants
-#     long                          Source Only for three times the steps: as many images as TGCF-DA + SE sees
+#     long                          three times the steps; Source Only then sees as many images as TGCF-DA + SE did
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
 #     mix, mix_balanced, mix_masked the ladder of mixing, from the seed's Source Only student
 #     more                          the rows that the ladder is compared with: the same further steps without mixing
@@ -50,7 +50,9 @@ case $ROW in
   main)
     paint name=$PAIR-$SEED
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=$PAIR-$SEED ;;
-  long) learn source_only name=${PAIR}_long-$SEED selfens.steps=$LONG ;;
+  long)
+    paint name=${PAIR}_long-$SEED $IMAGES
+    learn "source_only self_ensembling tgcf_da tgcf_da_se" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
   reinhard | fda | jitter)
     paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
