@@ -44,6 +44,7 @@ from models import build_segmenter, load_net, upsample
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of the mIoU* that papers on SYNTHIA report
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
+NO_IMAGES = ("source_only", "self_ensembling", "target_only")  # variants without repainted images
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str,
           "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list}  # fmt: skip
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, by degrees of freedom
@@ -339,9 +340,10 @@ def collect(folders: list[str]) -> dict:
             config, variant = result["config"], result["variant"]
             seed = f"-{config.get('seed')}"
             key = (result["split"], result["model"], str(config.get("name")).removesuffix(seed), variant)
-            # Paths may differ, too, if only in the seed.
+            # Paths may differ, too, if only in the seed, and keys of stages that the variant does not use.
+            unread = ("gan.", "fseg.", "augment.") if variant in NO_IMAGES else ()
             same = {k: v.replace(seed, "-SEED") if isinstance(v, str) else v for k, v in config.items()
-                    if k not in ("seed", *FREE_KEYS)} | {"step": result["step"]}  # fmt: skip
+                    if k not in ("seed", *FREE_KEYS) and not k.startswith(unread)} | {"step": result["step"]}
             for k, v in alike.setdefault(key, same).items():
                 if same.get(k) != v:
                     raise UserError(f"{path}: {k} is {same.get(k)!r}, but {v!r} in another run of that name; "

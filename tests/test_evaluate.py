@@ -223,6 +223,10 @@ def test_runs_that_differ_are_not_averaged(stage, runs):
         other = runs(f"b-{seed}", 0.5, seed=seed, **change)
         with pytest.raises(UserError, match=rf"{other}/eval/\S+: {[*change][0]} is .* but .* in another run"):
             stage("evaluate", "--table", first, other)
+    stage("evaluate", "--table", first, runs("b-3", 0.5, seed=3, **{"gan.steps": 9}))  # it has no GAN
+    with pytest.raises(UserError, match="gan.steps"):
+        two = [runs(f"b-{k}", 0.5, "tgcf_da", seed=k, **{"gan.steps": k}) for k in (4, 5)]
+        stage("evaluate", "--table", *two)
     with pytest.raises(UserError, match="nothing_here"):
         stage("evaluate", "--table", first.parent / "nothing_here")
 
