@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 from datasets import Scenes, classify, colourise, predictions, to_float
+from evaluate import read_result
 from models import build_generator, build_segmenter, load_net, upsample
 
 matplotlib.use("Agg")  # files only
@@ -58,12 +59,6 @@ def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl that are whole; [] if there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def read_result(path: Path) -> dict:
-    """What evaluate.py wrote. Raises UserError for another file."""
-    need = {"per_class": dict, "confusion": list, "classes": list, "protocol": str, "variant": str}
-    return read_json(path, need | {"miou": float, "split": str, "config": dict}, "evaluate.py writes it")
 
 
 def curve(runs: list[Path]):
