@@ -19,7 +19,7 @@ from train_selfens import selfens_step
 CAST, CLASSES, LR, HEAD, DECAY = contextlib.nullcontext(), 3, 1e-3, 5.0, 0.01
 TINY = ["gan.width=4", "gan.style_dim=4", "gan.mlp_dim=8", "gan.res_blocks=2", "gan.d_width=4",
         "gan.d_layers=2", "gan.lambda_rec=0.7", "fseg.width=0.2", "selfens.width=0.2",
-        "selfens.dropout=0"]  # fmt: skip
+        "selfens.dropout=0", "gan.downsamples=2"]  # fmt: skip
 
 
 def config(*items):
