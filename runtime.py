@@ -448,7 +448,7 @@ class Run:
     def log(self, step: int, terms: dict) -> None:
         """Writes terms, means over the processes, where due. Raises UserError for one that is not finite."""
         self.bar.update()
-        due = self.due("log", step)
+        due = self.due("log", step) or self.due("sheet", step)  # which measures more terms
         if not due and self.device.type == "cuda":  # a look at a term waits for the GPU
             return
         values = torch.tensor([float(v) for v in terms.values()], dtype=torch.float64)
@@ -456,8 +456,8 @@ class Run:
         values = dict(zip(terms, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{self.stage}: {name} is {value} at step {step}; the last checkpoint is from"
-                                " before it: lower the learning rate, or use precision=float32")
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; lower the learning rate, or "
+                                f"use precision=float32; {self.previous} is from before it, if last.pt is not")
         self.logged += [values] * due
         if due and rank() == 0:
             for name, value in values.items():
@@ -481,6 +481,7 @@ class Run:
         if rank() == 0:
             state |= {"step": step, "config": self.config, "data": self.data}
             atomic_write(self.path, lambda file: torch.save(state, file), self.previous)
+        all_reduce(torch.zeros(1))  # the others go on, and may read it, when it is there
         self.stop_if_asked()
 
     def stop_if_asked(self) -> None:

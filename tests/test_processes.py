@@ -12,17 +12,29 @@ import pytest
 import torch
 from conftest import ENV, REPO, make_camvid, make_carla, write_config
 
-from runtime import load_checkpoint
+from runtime import load_checkpoint, weights_digest
 
 WORKER = """
-import os, sys, torch
-import runtime, train_selfens
+import os, sys, time, torch
+import runtime, train_gan, train_selfens
 from pathlib import Path
 
 here, build, kept = Path(sys.argv.pop(1)), train_selfens.build_nets, []
 train_selfens.build_nets = lambda *args: kept.append(build(*args)) or kept[-1]
+write, report = runtime.atomic_write, train_gan.report_fseg
+
+def write_slowly(path, fill, keep=None):  # checkpoints, as on a network disk
+    time.sleep(0.5 * bool(keep))
+    write(path, fill, keep)
+
+def tell_fseg(cfg, f_seg, held_out, run):
+    (here / f"fseg{runtime.rank()}").write_text(runtime.weights_digest(f_seg.state_dict()))
+    report(cfg, f_seg, held_out, run)
 
 def main():
+    runtime.atomic_write, train_gan.report_fseg = write_slowly, tell_fseg
+    train_gan.main()
+    runtime.atomic_write = write
     train_selfens.main()
     weights = {name: getattr(kept[-1], name).state_dict() for name in ("student", "teacher")}
     torch.save(weights, here / f"rank{runtime.rank()}.pt")
@@ -36,7 +48,7 @@ runtime.run_main(main)
 
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory):
-    """(folder, arguments, torchrun's process): stage 3, 4 steps under "run", then many under "endless"."""
+    """(folder, arguments, torchrun's process): stages 1 and 3 under "run", then stage 3 without an end."""
     root = tmp_path_factory.mktemp("processes")
     (root / "worker.py").write_text(WORKER)
     make_carla(root / "carla")
@@ -80,6 +92,14 @@ def test_two_processes_agree_and_do_what_one_does(torchrun, stage):
     theirs = load_checkpoint(single / "last.pt", "")["student"]
     apart = [(one["student"][k] - x).abs().max().item() for k, x in theirs.items()]
     assert np.median(apart) < 1e-4  # Adam's first steps blow up rounding where a gradient is all but 0
+
+
+def test_g_is_held_by_one_fseg_in_both(torchrun):
+    """The process that does not write f_seg must not load it before it is written."""
+    root, _, process = torchrun
+    wait_for(lambda: (root / "pid0").exists() and (root / "pid1").exists(), process)
+    saved = load_checkpoint(root / "out/run/gan/fseg/last.pt", "")["f_seg"]
+    assert [(root / f"fseg{k}").read_text() for k in range(2)] == [weights_digest(saved)] * 2
 
 
 def test_when_one_process_is_killed_the_other_ends_too(torchrun):
