@@ -245,12 +245,14 @@ def summarise(cfg, args, scenes: Scenes, net: Segmenter, confusions, sizes: set)
     return result
 
 
+@torch.inference_mode()
 def examples(net: Segmenter, scenes: Scenes, caption: str) -> Image.Image:
     """Six images of the split, evenly, with their labels and predictions."""
     shown, rows = np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int)), []
-    for k, z in predictions(net.logits, lambda k: scenes.image(shown[k]), len(shown), 1, net.device):
-        readings = (scenes.label(shown[k]), classify(z, scenes.size).cpu())
-        picture = scenes.image(shown[k]).permute(1, 2, 0).numpy()
+    for i in shown:
+        (z,) = net.logits(to_float(scenes.image(i)[None], net.device))
+        readings = (scenes.label(i), classify(z, scenes.size).cpu())
+        picture = scenes.image(i).permute(1, 2, 0).numpy()
         rows.append([picture, *(colourise(ids, scenes.classes) for ids in readings)])
     return make_sheet(["target image", "label", caption], rows)
 

@@ -9,6 +9,7 @@
 #     more                          the rows that the ladder is compared with: the same further steps without mixing
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
+#     dcan_images                   the images of the row dcan without its aligned features
 #     KEY=VALUE                     an ablation: gan.* and fseg.* train another GAN, others use the main row's images
 #     judge                         labels and styles kept by the images of the rows above, by an f_seg of seed 100
 # and     bash experiments.sh table PAIR      the table of all that has run
@@ -16,7 +17,7 @@
 # most done.
 set -eu
 cd "$(dirname "$0")"
-[ $# -ge 2 ] || { sed -n '2,15p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,17p' "$0"; exit 2; }
 ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
@@ -67,10 +68,10 @@ case $ROW in
       paint name=${PAIR}_labels$N-$SEED $IMAGES
       learn "source_only tgcf_da" name=${PAIR}_labels$N-$SEED $IMAGES target.labelled=$N
     done ;;
-  cyclegan | cut | fastcut)
+  cyclegan | cut | fastcut | dcan_images)
     [ $ROW != fastcut ] && FAST= || FAST=--fast
-    python baselines/${ROW/fastcut/cut}.py $CFG name=$PAIR-$SEED $KEYS $FAST
-    IMAGES="augment.method=folder augment.folder=$MAIN/baselines/$ROW/images augment.styles_per_image=1"
+    [ $ROW = dcan_images ] || python baselines/${ROW/fastcut/cut}.py $CFG name=$PAIR-$SEED $KEYS $FAST
+    IMAGES="augment.method=folder augment.folder=$MAIN/baselines/${ROW%_images}/images augment.styles_per_image=1"
     paint name=${PAIR}_$ROW-$SEED $IMAGES
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED $IMAGES ;;
   mcd | dcan)
@@ -81,7 +82,7 @@ case $ROW in
     done ;;
   judge)
     python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
-    for RUN in runs/$PAIR-$SEED runs/${PAIR}_{reinhard,fda,jitter,cyclegan,cut,fastcut}-$SEED; do
+    for RUN in runs/$PAIR-$SEED runs/${PAIR}_{reinhard,fda,jitter,cyclegan,cut,fastcut,dcan_images}-$SEED; do
       [ ! -f $RUN/augmented/identity.json ] ||
         python augment.py $RUN/augmented/config.yaml --judge runs/$PAIR-judge/gan/fseg/last.pt
     done ;;

@@ -27,10 +27,9 @@ import yaml
 HERE = Path(__file__).resolve().parent
 SCHEMA = HERE / "cfg.yaml"
 if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent in (HERE, HERE / "baselines"):
-    # The manual comes before torch is imported, which takes seconds.
     with contextlib.suppress(BrokenPipeError):  # `| head`
         print(sys.modules["__main__"].__doc__, SCHEMA.read_text(encoding="utf-8"), sep="\n", flush=True)
-    raise SystemExit(0)
+    raise SystemExit(0)  # before torch is imported, which takes seconds
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -457,7 +456,7 @@ class Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; lower the learning rate, or "
-                                f"use precision=float32; {self.previous} is from before it, if last.pt is not")
+                                "use precision=float32. If last.pt has it, too, previous.pt may not")
         self.logged += [values] * due
         if due and rank() == 0:
             for name, value in values.items():

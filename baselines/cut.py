@@ -18,7 +18,8 @@ L_GAN and L_NCE, its layers, 256 patches, heads of two layers with 256 units, ta
 same image alone. As in the authors' code, L_NCE is a mean over layers and patches where the paper writes a
 sum, CUT's two L_NCE count half each, and no gradient reaches the keys. Ours, so that the comparison with
 TGCF-DA is one of methods: G is its generator without the style; D is its discriminator, the losses summed
-over its scales, with its rates, schedule, weight decay and spectral norm. D's loss is not halved.
+over its scales, with its rates, schedule, weight decay and spectral norm. D's loss is not halved. Every step
+is of both players: G has no warm-up, as TGCF-DA's has.
 """
 
 import sys

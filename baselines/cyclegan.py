@@ -16,8 +16,8 @@ Steps, batch, crop, learning rates, widths and depths are those of the config's 
 the losses and their weights, Adam with beta_1 = 0.5, a rate that is constant for half of the steps and then
 falls to 0, instance norm. Ours, so that the comparison with TGCF-DA is one of methods: G and F are its
 generator without the style; D_X and D_Y are its discriminators, the losses summed over their scales, with its
-rates, weight decay and spectral norm. D's loss is not halved, and D is updated first. The pool of 50 earlier
-images is left out: each process would have its own, and a checkpoint holds only process 0's.
+rates, weight decay and spectral norm. D's loss is not halved, and D is updated first. Every step is of both
+players: G has no warm-up, as TGCF-DA's has. There is no pool of 50 earlier images, as processes would differ.
 """
 
 import shlex

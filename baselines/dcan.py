@@ -16,10 +16,10 @@ One operation aligns in image and in feature space, channel by channel:
 
 Ours: layers and weights; phi, `fseg.trunk`, was VGG-19; errors on it are relative to the mean square of what
 they are compared with, as its maps differ in scale; content is compared at stride 8, style at 4, 8 and 16. T
-has stage 1's widths, depth and rates, aligned shortcuts, and begins as an auto-encoder, as G does there. T is
-trained first, then the segmenter, with one translation of each source image, by the guide that augment.py
-draws. All maps that the head reads are aligned; no gradient goes to the target's statistics. All else of the
-segmenter, the teacher, too, is stage 3's. --se adds stage 3's delta_con L_con, and nothing else.
+has stage 1's widths, depth and rates, aligned shortcuts, and begins as an auto-encoder, as G does there, but
+keeps Adam's moments then. The segmenter comes after it, with one translation of each source image, by the
+guide that augment.py draws. All maps that the head reads are aligned; no gradient goes to the target's
+statistics. All else of segmenter and teacher is stage 3's. --se adds its delta_con L_con, nothing else.
 """
 
 import copy

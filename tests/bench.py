@@ -6,8 +6,8 @@
     python tests/bench.py [CFG key=value ...] --munit DIR  the GAN's step against MUNIT's, DIR a clone of it
 
 The first prints ratios of things that took turns. The last two run each method in a process of its own, on
-one thread of the CPU, in float32; --munit at MUNIT's published widths (synthia2cityscape, without its
-perceptual loss), 128x256, batch 1.
+one thread of the CPU, in float32; minutes count each step of the warm-up as one of both players; --munit at
+MUNIT's published widths (synthia2cityscape, without its perceptual loss), 128x256, batch 1.
 """
 
 import json
