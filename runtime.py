@@ -455,8 +455,8 @@ class Run:
         values = dict(zip(terms, values.tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{self.stage}: {name} is {value} at step {step}; lower the learning rate, or "
-                                "use precision=float32. If last.pt has it, too, previous.pt may not")
+                raise UserError(f"{self.stage}: {name} is {value} at step {step}; lower the learning rate, "
+                                "or use precision=float32. If last.pt has it, too, previous.pt may not")
         self.logged += [values] * due
         if due and rank() == 0:
             for name, value in values.items():
