@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -33,16 +34,22 @@ def check_split(cfg, role: str, split: str, full: bool, seen: dict) -> Scenes:
     if (role, split) == ("target", "train"):
         labels = cfg.selfens.variant == "target_only" or cfg.target.labelled > 0
     scenes = Scenes(cfg, role, split, labels, math.inf if full else 64, strict=False)
-    for name, image, _ in scenes.samples:
+    for _, image, _ in scenes.samples:
         first = seen.setdefault(os.path.realpath(image), (role, split))
-        if first != (role, split):
-            scenes.problems.append((name, f"{image}: is in {' '.join(first)}, too; leave it out of one"))
+        if first != (role, split) and os.path.exists(image):
+            scenes.problems.append(("", f"{image}: is in {' '.join(first)}, too; narrow {role}.files"))
     note = "" if labels else ", labels not looked at"
     print(f"{role} {split:<7}{len(scenes):>6} images{note}, {len(scenes.whole)} decoded, "
           f"{len(scenes.problems)} problems")
-    if unused := scenes.unused:
-        print(f"note: {len(unused)} image files are not used, such as {unused[0]}: not in {role}.files")
     return scenes
+
+
+def print_unused(cfg, role: str, splits: list[Scenes]) -> None:
+    """Says which image files none of the splits has."""
+    root = getattr(cfg, role).root
+    used = {os.path.relpath(p, root) for scenes in splits for s in scenes.samples for p in s[1:] if p}
+    if unused := sorted({file for scenes in splits for file in scenes.unused} - used):
+        print(f"note: {len(unused)} image files are not used, such as {unused[0]}: not in {role}.files")
 
 
 def overlays(splits: list[Scenes]) -> list[list[np.ndarray]]:
@@ -112,12 +119,13 @@ def families(root: str) -> dict[str, list[Path]]:
 def look_at(paths: list[Path]) -> tuple[str, Counter]:
     """(how such a label is `read`, pixels of each id; of an image: of each colour), of up to 20 files."""
     ids, read = Counter(), "index"
-    for path in paths[:: -(-len(paths) // 20)]:
-        image = open_image(str(path))
-        x = np.asarray(image)
-        if x.ndim == 3:
+    images = [open_image(str(path)) for path in paths[:: -(-len(paths) // 20)]]
+    flat = {image.mode for image in images} <= {"L", "P"}
+    for image in images:
+        x = np.asarray(image if flat else image.convert("RGB"))
+        if not flat:
             read = "rgb" if x[..., 1:3].any() or read == "rgb" else "red"
-            x = x[..., :3].astype(int) @ [1 << 16, 1 << 8, 1]
+            x = x.astype(int) @ [1 << 16, 1 << 8, 1]
         ids.update(dict(zip(*(v.tolist() for v in np.unique(x, return_counts=True)), strict=True)))
     return read, Counter({v >> 16: n for v, n in ids.items()}) if read == "red" else ids
 
@@ -130,7 +138,8 @@ def write_config(simulator: str, camera: str, file: str) -> None:
     labels = {p: v for p, v in seen.items() if len(v[2]) <= 100 and v[0][0].suffix.lower() == ".png"}
     images = {p: v for p, v in seen.items() if p not in labels}
     if not labels or not images:
-        raise UserError(f"--init: {simulator}: {', '.join(seen)}: not images and labels (PNG, few colours)")
+        raise UserError(f"--init: {simulator}: {', '.join(seen)}: not images and labels (PNG, few colours); "
+                        "write 'files' yourself, as README shows")
     image, label = (max(some, key=lambda p: len(some[p][0])) for some in (images, labels))
     paths, read, ids = labels[label]
     photos, photo_paths = max(families(camera).items(), key=lambda item: len(item[1]))
@@ -150,12 +159,12 @@ def write_config(simulator: str, camera: str, file: str) -> None:
         "SOURCE_FILES": json.dumps([image, label]), "READ": read, "LABELS": min(20, len(paths)),
         "CAMERA": json.dumps(camera), "TARGET_SIZE": sizes[1], "TARGET_FILES": json.dumps([photos]),
         "CROP": [80, min(112, sizes[0][1], sizes[1][1])],
-        "NAME": Path(file).stem, "COLOURS": "\n".join(colours), "IDS": "\n".join(lines), "FILE": file,
+        "NAME": json.dumps(re.sub(r"[^\w-]", "_", Path(file).stem)), "COLOURS": "\n".join(colours), "IDS": "\n".join(lines), "FILE": file,
     }  # fmt: skip
     text = re.sub("|".join(words), lambda match: str(words[match[0]]), INIT)
     atomic_write(Path(file), lambda f: f.write(text.encode()))
     print(f"written: {file}: {image} with labels {label}, {len(ids)} ids; photos {photos}\n"
-          f"next: give the classes in {file} their names, then python check.py {file}")
+          f"next: give the classes in {file} their names, then python check.py {shlex.quote(file)}")
 
 
 def main() -> None:
@@ -167,6 +176,8 @@ def main() -> None:
     seen = {}
     splits = {role: [check_split(cfg, role, split, args.full, seen) for split in ("train", "val")]
               for role in ("source", "target")}  # fmt: skip
+    for role, checked in splits.items():
+        print_unused(cfg, role, checked)
     print_shares(classes, {role: train.counts + val.counts for role, (train, val) in splits.items()})
     rows = [s + t for s, t in zip(overlays(splits["source"]), overlays(splits["target"]), strict=False)]
     if rows:
@@ -179,7 +190,7 @@ def main() -> None:
         for text in dict.fromkeys(text for _, text in found):
             print(f"{role}: {text}")
         if found:
-            names = sorted({name for name, _ in found})
+            names = sorted({name for name, _ in found if name})
             print(f"to leave out what cannot be mended: {role}.exclude: {json.dumps(names)}")
     if any(problems.values()):
         raise UserError("data check: problems, each named above")

@@ -39,6 +39,7 @@ def get_block(cfg, role: str) -> SimpleNamespace:
     block = {"group": "block", "every": 50} | (own if part.files else blocks[part.dataset])
     ids, block["ids"] = part.ids or block["ids"], {}
     for split, patterns in block["files"].items():
+        patterns = patterns or []
         wild = [WILD.findall(str(p)) for p in patterns if not str(p).startswith("/")]
         paired = len(wild) in (1, 1 + bool(ids)) and wild[0] and wild[0] == wild[-1]
         if split not in ("train", "val", "test") or not paired or len(wild) != len(patterns):
@@ -80,6 +81,8 @@ def id_number(value, read: str) -> int:
 def class_lists(cfg) -> dict:
     """{name: {class: [R, G, B]}}: those of datasets.yaml and, as "own", `class_colours`."""
     for name, colour in cfg.class_colours.items():
+        if not isinstance(name, str) or name == "ignore":
+            raise UserError(f"class_colours: {name!r} is no name of a class; use another, or put it in quotes")
         if id_number(colour, "rgb") < 0:
             raise UserError(f"class_colours: {name}: {colour!r}: a colour is [R, G, B], each 0 to 255")
     return published()["class_lists"] | ({"own": cfg.class_colours} if cfg.class_colours else {})
@@ -188,7 +191,8 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     elif not part.root or not os.path.isdir(part.root):
         raise UserError(f"{role}.root={part.root}: no such folder; set it to where {part.dataset} lies")
     elif len(patterns) < 1 + labels:
-        raise UserError(f"{role}.files: no {'labels of ' if patterns else ''}{split} in {part.dataset}")
+        raise UserError(f"{role}.files: no {'labels of ' if patterns else ''}{split} in {part.dataset}; it needs "
+                        f"{split}: [images, labels]")
     else:
         samples, strays, unused = list_pairs(Path(part.root), patterns)
         if divided:
@@ -198,7 +202,8 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     if split == "train" and part.images:
         samples = samples[: part.images]
     if not samples:
-        raise UserError(f"{role}.root={part.root}: no {split} images of {part.dataset} left")
+        others = f"; other images are there, such as {unused[0]}" if unused else ""
+        raise UserError(f"{role}.root={part.root}: no {split} images left of {patterns or part.dataset}{others}")
     return samples + strays if labels else [s._replace(label=None) for s in samples], unused
 
 

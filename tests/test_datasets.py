@@ -158,7 +158,11 @@ BAD_BLOCKS = [  # (overrides, what the one line has to hold)
     ({"dataset": "streets", "files": {}, "ids": {}}, "streets and folder share no class list"),
     ({"classes": "camvid10"}, "classes=camvid10: folder and folder share own"),
     ({"class_colours": {}}, "classes=auto: source.ids needs class_colours"),
+    ({"class_colours": {0: [0, 0, 0]}}, "class_colours: 0 is no name"),
+    ({"class_colours": {"a": [0, 0, 0], "ignore": [9, 9, 9]}}, "class_colours: 'ignore' is no name"),
     ({"files": {"trian": PAIR}}, "source.files: trian: "),
+    ({"files": {"train": None}}, "source.files: train: "),
+    ({"files": {"train": ["im/*.JPG", "lb/*.JPG"]}}, "such as im/000.png"),
     ({"files": {"train": ["im/*", 3]}}, "source.files: train"),
     ({"files": {"train": ["im/*", "lb/*/*"]}}, "source.files: train: ['im/*', 'lb/*/*']: must be"),
     ({"files": {"train": ["/tmp/*", "/tmp/*.png"]}}, "source.files"),
@@ -469,8 +473,8 @@ def test_every_bad_file_is_named_and_can_be_excluded(data, checked):
 
 @pytest.mark.parametrize("fault, words", [
     ("source.root=none", "source.root=none: no such folder"),
-    ("target.files={train: [im/*], val: [none/*, lb/*]}", "no val images of folder"),
-    ("target.files={train: [im/*], val: [lb/*.jpg, lb/*]}", "no val images of folder"),
+    ("target.files={train: [im/*], val: [none/*, lb/*]}", "no val images left of ['none/*', 'lb/*']"),
+    ("target.files={train: [im/*], val: [lb/*.jpg, lb/*]}", "no val images left of"),
     ("target.files={train: [va/*], val: [va/*, lb/*]}", "va/000.png: is in target train, too"),
     ("target.root=source", "im/000.png: is in source train, too"),
     ("selfens.variant=target_only", "target.files: no labels of train"),
@@ -490,7 +494,9 @@ def test_init_writes_a_config_that_passes_the_check(tmp_path, stage, capsys, rea
         folder = tmp_path / f"sim/drive {i // 4}"
         save_image(folder / f"rgb/{i:03d}.png", np.random.default_rng(i).integers(0, 256, (12, 16, 3)))
         label = {"red": rgba_label(LABEL), "rgb": np.stack([LABEL, LABEL * 5, LABEL], -1)}.get(read, LABEL)
-        save_image(folder / f"seg/{i:03d}_ids.png", label)
+        path = save_image(folder / f"seg/{i:03d}_ids.png", label)
+        if read == "rgb" and i == 3:  # as colours, if others are
+            Image.open(path).quantize().save(path)
         save_image(tmp_path / f"cam/IMG_{i}.jpg", BLACK)
     file = tmp_path / "mine.yaml"
     stage("check", "--init", tmp_path / "sim", tmp_path / "cam", file)
