@@ -142,11 +142,11 @@ class Augmented(Scenes):
         self.size, self.cached, self.room = source.size, {}, CACHE_BYTES
         identity = read_json(self.folder / "identity.json", {"generator": str, "config": dict}, mend)
         now = stage_config(cfg, ("", "source", "target", "augment")) | {"source train": source.digest}
+        refuse_changes(identity["config"] | identity, now, self.folder)
         if cfg.augment.method == "gan":
             path = Path(cfg.output, cfg.name, "gan", "last.pt")
             state = load_checkpoint(path, "it made the images; put it back", ("G",))
-            now["generator"] = weights_digest(state["G"])
-        refuse_changes(identity["config"] | identity, now, self.folder)
+            refuse_changes(identity, {"generator": weights_digest(state["G"])}, self.folder)
         files = planned_files(self.folder, source, cfg.augment.styles_per_image)
         missing = [file for file in files if not file.is_file()]
         if missing:

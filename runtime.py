@@ -285,9 +285,9 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
             assert not any(record.compress_type for record in archive.infolist()), "compressed"
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key, kind in kinds.items():
-            assert isinstance(state[key], kind), key
+            assert isinstance(state.get(key), kind), f"it has no {key}"
     except Exception as error:  # torch raises half a dozen types for what it refuses
-        raise UserError(f"{path}: missing, or not a readable checkpoint ({error!r:.80}); {mend}") from None
+        raise UserError(f"{path}: missing, or no checkpoint to be used here ({error!s:.80}); {mend}") from None
     return state
 
 
@@ -487,7 +487,7 @@ class Run:
         """Ends the process, with the conventional status, if a signal has come."""
         if self.signal:
             self.close()
-            print(f"{self.stage}: stopped; the same command continues", file=sys.stderr)
+            print(f"{self.stage}: stopped; the same command continues, without --restart", file=sys.stderr)
             raise SystemExit(128 + self.signal)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ stands in L_con's place.
 """
 
 import copy
+import shlex
 from types import SimpleNamespace
 
 from runtime import (
@@ -275,7 +276,8 @@ def main() -> None:
             names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
             run.save(step, **states, **names)
     run.close()
-    how = "--split val" if val.samples[0].label else "--images PHOTOS --out DIR"
+    photos = shlex.quote(cfg.target.root)
+    how = "--split val" if val.samples[0].label else f"--images {photos} --out predicted"
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")
 
 
