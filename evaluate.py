@@ -190,7 +190,11 @@ def evaluate(cfg, args, net: Segmenter) -> None:
     scenes, sizes, batch = Scenes(cfg, "target", args.split, labels), set(), cfg.inference_batch
     if net.classes != [*scenes.classes]:
         raise UserError(f"{net.path}: of the classes {net.classes}, not the config's {[*scenes.classes]}")
+    if scenes.size != net.size:
+        raise UserError(f"target.size={scenes.size}: {net.path} was trained at {net.size}; give that")
     if args.export:
+        if len({s.name for s in scenes.samples}) < len(scenes):
+            raise UserError(f"--export: images of {args.split} have the same names; export one split at a time")
         raw_ids, folder = label_ids(scenes), check_folder(args.export, cfg.target.root, "--export")
 
     def seen(i, prediction):

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from datasets import Scenes, classify, colourise, predictions, to_float
-from evaluate import read_result
+from evaluate import percent, read_result
 from models import build_generator, build_segmenter, load_net, upsample
 
 matplotlib.use("Agg")  # files only
@@ -116,10 +116,10 @@ def losses(log: list[dict], title: str):
 def confusion(result: dict):
     """Which class (row) is read as which (column), % of the row's pixels."""
     counts, names = np.array(result["confusion"], float), result["classes"]
-    percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
+    parts = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     figure, ax = plt.subplots(figsize=(1.5 + 0.42 * len(names), 1.2 + 0.4 * len(names)), layout="constrained")
-    ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for (i, j), value in np.ndenumerate(percent):
+    ax.imshow(parts, cmap="Blues", vmin=0, vmax=100)
+    for (i, j), value in np.ndenumerate(parts):
         if value >= 0.5:
             ink = "white" if value > 60 else "black"
             ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
@@ -163,9 +163,9 @@ def page_results(run: Path) -> list[str]:
     for head, result in zip(heads, results, strict=True):
         shares |= {f"{result['split']} labels": np.sum(result["confusion"], 1)}
         shares |= {f"read by {head}": np.sum(result["confusion"], 0)}
-    iou = [["mIoU", *(f"{100 * r['miou']:.1f}" for r in results)]]
+    iou = [["mIoU", *(percent(r["miou"]) for r in results)]]
     for name in reversed(names):
-        iou.insert(0, [name, *(f"{100 * (r['per_class'][name] or 0):.1f}" for r in results)])
+        iou.insert(0, [name, *(percent(r["per_class"][name]) for r in results)])
     of_class = [[n, *(f"{100 * v[k] / sum(v):.2f}" for v in shares.values())] for k, n in enumerate(names)]
     caption, protocol = "% of a class's pixels by what they are read as", html.escape(results[-1]["protocol"])
     return ["<h2>IoU, %</h2>", table(["class", *heads], iou), f"<p>{protocol}</p>",
@@ -175,6 +175,8 @@ def page_results(run: Path) -> list[str]:
 
 def page(run: Path) -> str:
     """One HTML page with all pictures in it: results, curves, and sheets over time."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; give a run's, OUTPUT/NAME")
     parts, name = [*page_results(run), "<h2>Training</h2>"], html.escape(run.resolve().name)
     with contextlib.suppress(UserError):  # where val has no labels
         parts.append(picture(curve([run]), "mIoU of the teachers on val; nothing is chosen by it"))
@@ -193,7 +195,7 @@ def share(runs: list[Path]):
     for after, before, marker in (("self_ensembling", "source_only", "s"), ("tgcf_da_se", "tgcf_da", "o")):
         pairs = [[read_result(run / f"eval/{v}_teacher_val.json") for v in (after, before)] for run in runs]
         rows = dict(zip(pairs[0][0]["classes"], np.sum(pairs[0][0]["confusion"], 1), strict=True))
-        names = [n for n, iou in pairs[0][0]["per_class"].items() if iou is not None]
+        names = [n for n in rows if all(r["per_class"][n] is not None for pair in pairs for r in pair)]
         gains = [[100 * (a["per_class"][n] - b["per_class"][n]) for n in names] for a, b in pairs]
         x = [100 * rows[n] / sum(rows.values()) for n in names]
         bars, label = np.std(gains, 0, ddof=len(runs) > 1), f"{LABELS[after]} over {LABELS[before]}"

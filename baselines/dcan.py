@@ -148,7 +148,7 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         warm_up = step <= c.warmup_steps
-        set_lr(optimiser, c.warmup_lr / c.lr_g if warm_up else linear(step, c.steps))
+        set_lr(optimiser, c.warmup_lr / max(c.lr_g, 1e-12) if warm_up else linear(step, c.steps))
         run.log(step, (warm_up_step if warm_up else translator_step)(nets, x_s, x_t, cast))
         if run.due("sheet", step):
             translator_sheet(run, step, T, source, target)
