@@ -159,7 +159,8 @@ def write_config(simulator: str, camera: str, file: str) -> None:
         "SOURCE_FILES": json.dumps([image, label]), "READ": read, "LABELS": min(20, len(paths)),
         "CAMERA": json.dumps(camera), "TARGET_SIZE": sizes[1], "TARGET_FILES": json.dumps([photos]),
         "CROP": [80, min(112, sizes[0][1], sizes[1][1])],
-        "NAME": json.dumps(re.sub(r"[^\w-]", "_", Path(file).stem)), "COLOURS": "\n".join(colours), "IDS": "\n".join(lines), "FILE": file,
+        "NAME": json.dumps(re.sub(r"[^\w-]", "_", Path(file).stem)),
+        "COLOURS": "\n".join(colours), "IDS": "\n".join(lines), "FILE": file,
     }  # fmt: skip
     text = re.sub("|".join(words), lambda match: str(words[match[0]]), INIT)
     atomic_write(Path(file), lambda f: f.write(text.encode()))

@@ -82,7 +82,7 @@ def class_lists(cfg) -> dict:
     """{name: {class: [R, G, B]}}: those of datasets.yaml and, as "own", `class_colours`."""
     for name, colour in cfg.class_colours.items():
         if not isinstance(name, str) or name == "ignore":
-            raise UserError(f"class_colours: {name!r} is no name of a class; use another, or put it in quotes")
+            raise UserError(f"class_colours: {name!r} is no class name; take another, or put it in quotes")
         if id_number(colour, "rgb") < 0:
             raise UserError(f"class_colours: {name}: {colour!r}: a colour is [R, G, B], each 0 to 255")
     return published()["class_lists"] | ({"own": cfg.class_colours} if cfg.class_colours else {})
@@ -191,8 +191,8 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     elif not part.root or not os.path.isdir(part.root):
         raise UserError(f"{role}.root={part.root}: no such folder; set it to where {part.dataset} lies")
     elif len(patterns) < 1 + labels:
-        raise UserError(f"{role}.files: no {'labels of ' if patterns else ''}{split} in {part.dataset}; it needs "
-                        f"{split}: [images, labels]")
+        raise UserError(f"{role}.files: no {'labels of ' if patterns else ''}{split} in {part.dataset}; "
+                        f"give {split}: [images, labels]")
     else:
         samples, strays, unused = list_pairs(Path(part.root), patterns)
         if divided:
@@ -202,8 +202,8 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
     if split == "train" and part.images:
         samples = samples[: part.images]
     if not samples:
-        others = f"; other images are there, such as {unused[0]}" if unused else ""
-        raise UserError(f"{role}.root={part.root}: no {split} images left of {patterns or part.dataset}{others}")
+        words = f"{patterns or part.dataset}{f'; but there is {unused[0]}' if unused else ''}"
+        raise UserError(f"{role}.root={part.root}: no {split} images left of {words}")
     return samples + strays if labels else [s._replace(label=None) for s in samples], unused
 
 
