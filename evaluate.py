@@ -194,7 +194,7 @@ def evaluate(cfg, args, net: Segmenter) -> None:
         raise UserError(f"target.size={scenes.size}: {net.path} was trained at {net.size}; give that")
     if args.export:
         if len({s.name for s in scenes.samples}) < len(scenes):
-            raise UserError(f"--export: some images of {args.split} have one name; export one split at a time")
+            raise UserError(f"--export: images of {args.split} have one name; export one split at a time")
         raw_ids, folder = label_ids(scenes), check_folder(args.export, cfg.target.root, "--export")
 
     def seen(i, prediction):

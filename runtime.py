@@ -287,7 +287,7 @@ def load_checkpoint(path, mend: str, parts: tuple = ()) -> dict:
         for key, kind in kinds.items():
             assert isinstance(state.get(key), kind), f"it has no {key}"
     except Exception as error:  # torch raises half a dozen types for what it refuses
-        raise UserError(f"{path}: missing, or not a checkpoint for this ({error!s:.80}); {mend}") from None
+        raise UserError(f"{path}: missing, or not a readable checkpoint ({error!s:.80}); {mend}") from None
     return state
 
 
