@@ -53,7 +53,7 @@ case $ROW in
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=$PAIR-$SEED ;;
   long)
     paint name=${PAIR}_long-$SEED $IMAGES
-    learn "source_only self_ensembling tgcf_da tgcf_da_se" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
+    learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
   reinhard | fda | jitter)
     paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
