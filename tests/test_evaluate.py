@@ -354,7 +354,9 @@ def test_onnx_gives_the_same_classes(stage, cityscapes, tmp_path):
     assert (logits[0].argmax(0) == net(image)).mean() >= 0.999 and json.loads(meta["classes"]) == NAMES
 
 
-def test_a_network_of_other_classes_is_refused(stage, cityscapes):
-    """16 of 19 classes: the numbers would stand beside the wrong names."""
+def test_a_network_of_other_classes_or_size_is_refused(stage, cityscapes):
+    """The numbers would stand beside the wrong names, or under another run's size."""
     with pytest.raises(UserError, match=f"{cityscapes.checkpoint}.*classes"):
         stage("evaluate", *cityscapes.args, "classes=cityscapes16")
+    with pytest.raises(UserError, match=f"size=.40, 56.: {cityscapes.checkpoint} was trained at"):
+        stage("evaluate", *cityscapes.args, "target.size=[40, 56]")
