@@ -22,7 +22,7 @@ from pathlib import Path
 
 from runtime import (
     UserError, atomic_write, autocast, command_line, get_device, get_precision, make_sheet, read_json,
-    run_main, to_uint8,
+    run_main, schema, to_uint8,
 )  # fmt: skip
 
 # isort: split
@@ -82,10 +82,14 @@ def curve(runs: list[Path]):
 
 def over(key: str, runs: list[Path]):
     """mIoU of each variant's teacher over the values of a config key, mean and deviation over seeds."""
+    if key not in schema()[0]:
+        raise UserError(f"over {key}: no such key; see cfg.yaml")
     results = {}
     for result in (read_result(path) for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))):
         rows = results.setdefault((result["variant"], result["split"]), {})
-        rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
+        value = result["config"].get(key)
+        value = value if isinstance(value, (int, float)) else str(value)
+        rows.setdefault(value, []).append(100 * result["miou"])
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (variant, split), rows in results.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))

@@ -265,6 +265,6 @@ def read_label(path: str, read: str, table: np.ndarray) -> np.ndarray:
     if (ids < 0).any():
         found = zip(*(a.tolist() for a in np.unique(raw[ids < 0], return_counts=True)), strict=True)
         words = [f"{[v >> 16, v >> 8 & 255, v & 255] if read == 'rgb' else v} ({n} pixels)" for v, n in found]
-        words = [*words[:8], "and more"] if len(words) > 8 else words
+        words = [*words[:8], "and more (is it a label?)"] if len(words) > 8 else words
         raise UserError(f"{path}: unknown label {', '.join(words)}; add it to 'ids', or to 'ignore' in them")
     return ids.astype(np.uint8)

@@ -277,7 +277,7 @@ def main() -> None:
             run.save(step, **states, **names)
     run.close()
     photos = shlex.quote(cfg.target.root)
-    how = "--split val" if val.samples[0].label else f"--images {photos} --out predicted"
+    how = "--split val" if val.samples[0].label else f"--images {photos} --out seen"
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")
 
 

@@ -187,9 +187,9 @@ def main() -> None:
             states = {name: getattr(nets, name).state_dict() for name in names}
             run.save(step, **states, classes=list(val.classes), variant=variant)
     run.close()
-    checkpoint = shlex.quote(str(run.path))
-    print(f"{variant}: {run.folder} is finished; "
-          f"next: python evaluate.py {args.items} --checkpoint {checkpoint} --split val")
+    how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
+    print(f"{variant}: {run.folder} is finished; next: python evaluate.py {args.items} "
+          f"--checkpoint {shlex.quote(str(run.path))} {how}")
 
 
 if __name__ == "__main__":
