@@ -5,8 +5,7 @@
 #     main                          the five variants
 #     long                          three times the steps; Source Only then sees as many images as TGCF-DA + SE did
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
-#     mix, mix_balanced, mix_masked the ladder of mixing, from the seed's Source Only student
-#     more                          the rows that the ladder is compared with: the same further steps without mixing
+#     more                          as many steps again, from the seed's Source Only student
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     dcan_images                   the images of the row dcan without its aligned features
@@ -17,7 +16,7 @@
 # most done.
 set -eu
 cd "$(dirname "$0")"
-[ $# -ge 2 ] || { sed -n '2,17p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,16p' "$0"; exit 2; }
 ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
@@ -57,12 +56,10 @@ case $ROW in
   reinhard | fda | jitter)
     paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
-  mix* | more)
-    FROM="name=${PAIR}_$ROW-$SEED selfens.pretrained=$MAIN/selfens/source_only/last.pt $IMAGES"
-    [ $ROW = more ] || FROM="$FROM selfens.consistency=$ROW"
+  more)
+    FROM="name=${PAIR}_more-$SEED selfens.pretrained=$MAIN/selfens/source_only/last.pt $IMAGES"
     paint $FROM
-    learn "self_ensembling tgcf_da_se" $FROM
-    [ $ROW != more ] || learn "source_only tgcf_da" $FROM ;;
+    learn "source_only self_ensembling tgcf_da tgcf_da_se" $FROM ;;
   labels)
     for N in $FEW; do
       paint name=${PAIR}_labels$N-$SEED $IMAGES

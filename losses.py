@@ -44,17 +44,17 @@ def class_weights(pixels, balance: float) -> Tensor:
     return (weight / (weight * share).sum()).float()
 
 
-def cross_entropy(logits: Tensor, y: Tensor, weight=None, trust=None) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, weight=None) -> Tensor:
     """Mean of -log softmax(logits)[y] over the pixels that are not IGNORE; 0, gradient 0, if there are none.
 
-    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of classes and trust:
-    (N, H, W) of pixels, by default 1 each -> scalar. This is L_sup's term; L_sem with f_seg's logits of a
-    generated image and the source label; L_mix with pseudo-labels.
+    logits: (N, C, H, W); y: (N, H, W) integer class ids or IGNORE; weight: (C,) of classes, by default
+    1 each -> scalar. This is L_sup's term, and L_sem with f_seg's logits of a generated image and the source
+    label.
     """
     z = wide(logits)
     weight = None if weight is None else weight.to(z)
-    total = F.cross_entropy(z, y, weight, ignore_index=IGNORE, reduction="sum" if trust is None else "none")
-    return (total if trust is None else (trust * total).sum()) / (y != IGNORE).sum().clamp(min=1)
+    total = F.cross_entropy(z, y, weight, ignore_index=IGNORE, reduction="sum")
+    return total / (y != IGNORE).sum().clamp(min=1)
 
 
 def consistency(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ The variants differ in the terms of one objective, L = L_sup + delta_con L_con:
     tgcf_da            L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s)
     tgcf_da_se         L_sup = CE(f_S(x_s), y_s) + CE(f_S(x_g), y_s),  with L_con
     target_only        L_sup = CE(f_S(x_t), y_t)
-Not in the paper: with target.labelled, L_sup has CE(f_S(x_l), y_l), too; with selfens.consistency: mix, L_mix
-stands in L_con's place.
+Not in the paper: with target.labelled, L_sup has CE(f_S(x_l), y_l), too.
 """
 
 import copy
@@ -34,12 +33,10 @@ from runtime import (
 # isort: split
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torchvision.transforms import v2
 
 from datasets import Augmented, Batches, Scenes, colourise, has_labels, measure, to_float
 from losses import (
-    IGNORE, class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
+    class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
 )  # fmt: skip
 from models import adamw, build_segmenter, load_trunk, upsample
 
@@ -72,7 +69,7 @@ def selfens_step(nets, batch: dict, c, delta_con: float, alpha: float, cast) -> 
         terms["L_sup"] += L_sup.detach()
 
     # L_con = mean over cells, sum over classes, of (softmax f_S(x_t + n) - softmax f_T(x_t + n'))^2
-    if "x_t" in batch and c.consistency == "noise":
+    if "x_t" in batch:
         x_t = batch["x_t"]
         with torch.no_grad(), cast:
             teacher_logits = teacher(x_t + c.noise_std * torch.randn_like(x_t))
@@ -81,66 +78,12 @@ def selfens_step(nets, batch: dict, c, delta_con: float, alpha: float, cast) -> 
         L_con = consistency(logits, teacher_logits)
         (delta_con * L_con).backward()
         terms |= {"L_con": L_con.detach(), "delta_con": delta_con}
-    elif "x_t" in batch:
-        L_mix = mix_loss(nets, batch, c.consistency, cast)
-        (delta_con * L_mix).backward()
-        terms |= {"L_mix": L_mix.detach(), "delta_con": delta_con}
 
     average_gradients(student)
     nets.optimiser.step()
     update_teacher(teacher, student, alpha)
     # L = L_sup + delta_con L_con
-    return {"L": terms["L_sup"] + delta_con * terms.get("L_con", terms.get("L_mix", 0))} | terms
-
-
-# ------------------------------------------------------------ not in the paper: selfens.consistency: mix...
-STRONG = v2.Compose([v2.ColorJitter(0.5, 0.5, 0.5, 0.1), v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.2))])])
-
-
-@torch.no_grad()
-def pseudo_labels(teacher, x_t, balanced: bool, cast) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's classes on clean target images, without dropout, and how far each pixel is trusted.
-
-    x_t: (N, 3, H, W) -> y (N, H, W) train ids, trust (N, H, W) in [0, 1]: the image's share of pixels whose
-    confidence is above 0.968 (DACS, Tranheden et al. 2021); balanced: 1 for the more confident half of the
-    pixels of each class in the batch and 0 for the other (class-balanced self-training, Zou et al. 2018).
-    """
-    teacher.eval()
-    with cast:
-        logits = teacher(x_t)
-    teacher.train()
-    p, y = upsample(logits, teacher.stride, x_t.shape[-2:]).softmax(1).max(1)
-    if not balanced:
-        return y, (p > 0.968).float().mean((1, 2), keepdim=True).expand(p.shape)
-    trust = torch.zeros_like(p)
-    for k in y.unique():
-        trust[(y == k) & (p >= p[y == k].median())] = 1
-    return y, trust
-
-
-def mix_loss(nets, batch: dict, consistency: str, cast) -> torch.Tensor:
-    """L_mix = mean over pixels of trust CE(f_S(strong(x_m)), y_m), x_m a class mix of x_s, or x_g, and x_t.
-
-    Half of the classes of each labelled image (repainted, where there is one) are pasted, with their labels
-    and full trust, onto a target image with its pseudo-labels. mix_masked: half of the target's patches of 16
-    pixels are hidden (MIC, Hoyer et al. 2023). Arguments as in `selfens_step`.
-    """
-    x_l, y_l, x_t = batch.get("x_g", batch["x_s"]), batch["y_s"], batch["x_t"]
-    y_t, trust = pseudo_labels(nets.teacher, x_t, consistency != "mix", cast)
-    pasted = torch.zeros_like(y_l, dtype=torch.bool)
-    for k, y in enumerate(y_l):
-        classes = y[y != IGNORE].unique()
-        pasted[k] = torch.isin(y, classes[torch.randperm(len(classes))[: (len(classes) + 1) // 2]])
-    x_m = STRONG((torch.where(pasted[:, None], x_l, x_t) + 1) / 2) * 2 - 1
-    if consistency == "mix_masked":
-        hidden = torch.rand(len(x_t), 1, x_t.shape[-2] // 16 + 1, x_t.shape[-1] // 16 + 1) < 0.5
-        hidden = F.interpolate(hidden.float(), scale_factor=16)[..., : x_t.shape[-2], : x_t.shape[-1]].bool()
-        x_m = x_m.masked_fill(hidden.to(x_m.device) & ~pasted[:, None], 0)
-    with cast:
-        logits = nets.student(x_m)
-    logits = upsample(logits, nets.student.stride, y_l.shape[-2:])
-    y_m, trust = torch.where(pasted, y_l, y_t), trust.masked_fill(pasted, 1)
-    return cross_entropy(logits, y_m, nets.weight, trust)
+    return {"L": terms["L_sup"] + delta_con * terms.get("L_con", 0)} | terms
 
 
 def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
@@ -229,9 +172,6 @@ def open_domains(cfg) -> dict:
         domains["target"] = Scenes(cfg, "target", "train", labels=False)
     if cfg.target.labelled and variant != "target_only":
         domains["labelled"] = Scenes(cfg, "target", "train", labels=True)
-    mix = "target" in domains and cfg.selfens.consistency != "noise"
-    if mix and not cfg.selfens.crop and cfg.source.size != cfg.target.size:
-        raise UserError("selfens.crop=[]: to mix images they must be of one size; set a crop that fits both")
     return domains
 
 

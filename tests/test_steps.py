@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import runtime
-import train_selfens
 from losses import set_lr
 from models import adamw, build_discriminator, build_fseg, build_generator, build_segmenter
 from train_gan import fseg_step, gan_step, warm_up_step
@@ -158,50 +157,3 @@ def test_delta_con_0_is_the_step_without_consistency():
             selfens_step(nets, batch, cfg.selfens, 0.0, 0.9, CAST)
         states.append([*nets.student.state_dict().values(), *nets.teacher.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-
-
-class Shown(nn.Module):
-    """A network of fixed scores that keeps the images it was shown, and whether it was in training mode."""
-
-    stride = 1
-
-    def __init__(self, scores):
-        super().__init__()
-        self.scores = nn.Parameter(scores)
-
-    def forward(self, x):
-        self.seen = (x, self.training)
-        return self.scores * 1
-
-
-@pytest.mark.parametrize("consistency", ["mix", "mix_balanced", "mix_masked"])
-def test_mixing_is_its_formula(monkeypatch, consistency):
-    """Whole classes go with their labels onto the target; each pixel is trusted by the rule that is named."""
-    monkeypatch.setattr(train_selfens, "STRONG", lambda x: x)
-    torch.manual_seed(1)
-    ones, weight = torch.ones(3, 3, 32, 48).double(), torch.tensor([0.5, 1, 3]).double()
-    y_s = draw(1, n=3)[-1]
-    teacher, student = (Shown(8 * torch.randn(3, CLASSES, 32, 48).double()).train() for _ in range(2))
-    nets, batch = SimpleNamespace(teacher=teacher, student=student, weight=weight), {"x_t": -ones, "y_s": y_s}
-    L_mix = train_selfens.mix_loss(nets, batch | {"x_s": ones * 0, "x_g": ones}, consistency, CAST)
-    L_mix.backward()
-    assert torch.equal(teacher.seen[0], -ones) and not teacher.seen[1]  # clean, without dropout
-    assert teacher.training and student.seen[1]
-    x_m, p, y_m = student.seen[0], plain.log_softmax(teacher.scores.detach()).exp(), y_s.clone()
-    share, (p, y_t) = (p.amax(1) > 0.968).double().mean((1, 2)), p.max(1)
-    pasted = (x_m == 1).all(1)
-    trust = pasted.double()
-    for k in range(3):
-        classes = [c for c in range(CLASSES) if pasted[k, y_s[k] == c].any()]
-        assert len(classes) == 2 and torch.equal(pasted[k], sum(y_s[k] == c for c in classes).bool())
-        y_m[k][~pasted[k]] = y_t[k][~pasted[k]]
-        trust[k][~pasted[k]] = share[k]
-    if consistency != "mix":  # the more confident half of each class of the batch
-        half = torch.stack([(y_t == c) & (p >= p[y_t == c].median()) for c in range(CLASSES)]).any(0)
-        trust = (pasted | half).double()
-    each = -plain.log_softmax(student.scores).gather(1, y_m[:, None])[:, 0] * weight[y_m] * trust
-    compare({"L_mix": L_mix}, {"L_mix": each.mean()})
-    hidden = (x_m == 0).all(1)
-    assert not (hidden & pasted).any() and hidden[~pasted].double().mean() == pytest.approx(
-        0.5 if consistency == "mix_masked" else 0, abs=0.25)
-    assert teacher.scores.grad is None and student.scores.grad.abs().sum() > 0
