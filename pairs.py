@@ -189,7 +189,7 @@ def find_samples(cfg, role: str, split: str, labels: bool) -> tuple[list[Sample]
         places = [f"streets:{role}/{split}/{i}" for i in range(count)]
         samples = [Sample(f"{i:06d}", place, place) for i, place in enumerate(places)]
     elif not part.root or not os.path.isdir(part.root):
-        raise UserError(f"{role}.root={part.root}: no such folder; set it to where {part.dataset} lies")
+        raise UserError(f"{role}.root={part.root}: no such folder; set it to where the data lie")
     elif len(patterns) < 1 + labels:
         raise UserError(f"{role}.files: no {'labels of ' if patterns else ''}{split} in {part.dataset}; "
                         f"give {split}: [images, labels]")
