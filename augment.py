@@ -67,12 +67,12 @@ def fda(x_s: torch.Tensor, x_t: torch.Tensor, beta: float) -> torch.Tensor:
     """Fourier domain adaptation (Yang & Soatto 2020): x_s with x_t's amplitudes of low frequencies.
 
     x_s: (N, 3, H, W) in [-1, 1]; x_t: (N, 3, H', W'), resized to x_s's size; beta: the frequencies reach
-    floor(beta min(H, W)), or at least 1, to each side of 0 -> (N, 3, H, W), clipped to [-1, 1].
+    floor(beta min(H, W)) to each side of 0, in both directions -> (N, 3, H, W), clipped to [-1, 1].
     """
     if x_t.shape != x_s.shape:
         x_t = F.interpolate(x_t, x_s.shape[-2:], mode="bilinear", antialias=True)
     s, t = (torch.fft.fftshift(torch.fft.fft2(x.double() + 1), dim=(-2, -1)) for x in (x_s, x_t))
-    h, w, b = s.shape[-2] // 2, s.shape[-1] // 2, max(1, int(beta * min(s.shape[-2:])))
+    h, w, b = s.shape[-2] // 2, s.shape[-1] // 2, int(beta * min(s.shape[-2:]))
     block = (..., slice(max(0, h - b), h + b + 1), slice(max(0, w - b), w + b + 1))
     amplitude, phase = s.abs(), s.angle()
     amplitude[block] = t.abs()[block]

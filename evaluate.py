@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from runtime import FREE_KEYS, UserError, atomic_write, autocast, command_line, environment, get_device
-from runtime import get_precision, make_sheet, nested, rank, read_json, run_main, schema, write_json
+from runtime import get_precision, make_sheet, nested, rank, read_json, run_main, write_json
 
 # isort: split
 import numpy as np
@@ -193,8 +193,6 @@ def evaluate(cfg, args, net: Segmenter) -> None:
     if scenes.size != net.size:
         raise UserError(f"target.size={scenes.size}: {net.path} was trained at {net.size}; give that")
     if args.export:
-        if len({s.name for s in scenes.samples}) < len(scenes):
-            raise UserError(f"--export: images of {args.split} have one name; export one split at a time")
         raw_ids, folder = label_ids(scenes), check_folder(args.export, cfg.target.root, "--export")
 
     def seen(i, prediction):
@@ -336,7 +334,7 @@ def collect(folders: list[str]) -> dict:
 
     Raises UserError where results of one key differ in step or in config, but for the seed.
     """
-    rows, alike, known = {}, {}, {*schema()[0], "step"}  # keys that are gone since do not count
+    rows, alike = {}, {}
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         paths = sorted(p for p in folder.glob("eval/*.json") if not p.name.startswith("augmented"))
         if not paths:
@@ -351,7 +349,7 @@ def collect(folders: list[str]) -> dict:
             same = {k: v.replace(seed, "-SEED") if isinstance(v, str) else v for k, v in config.items()
                     if k not in ("seed", *FREE_KEYS) and not k.startswith(unread)} | {"step": result["step"]}
             for k, v in alike.setdefault(key, same).items():
-                if same.get(k) != v and k in known:
+                if same.get(k, v) != v:  # a key may have come, or gone, between two runs
                     raise UserError(f"{path}: {k} is {same.get(k)!r}, but {v!r} in another run of that name; "
                                     "tabulate runs that differ in the seed alone")
             rows.setdefault(key, []).append(result)

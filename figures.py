@@ -82,14 +82,12 @@ def curve(runs: list[Path]):
 
 def over(key: str, runs: list[Path]):
     """mIoU of each variant's teacher over the values of a config key, mean and deviation over seeds."""
-    if key not in schema()[0]:
-        raise UserError(f"over {key}: no such key; see cfg.yaml")
+    if not isinstance(schema()[0].get(key), (int, float, str)):
+        raise UserError(f"over {key}: no key of cfg.yaml that holds one number or word")
     results = {}
     for result in (read_result(path) for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))):
         rows = results.setdefault((result["variant"], result["split"]), {})
-        value = result["config"].get(key)
-        value = value if isinstance(value, (int, float)) else str(value)
-        rows.setdefault(value, []).append(100 * result["miou"])
+        rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (variant, split), rows in results.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))

@@ -216,8 +216,7 @@ def main() -> None:
             names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
             run.save(step, **states, **names)
     run.close()
-    photos = shlex.quote(cfg.target.root)
-    how = "--split val" if val.samples[0].label else f"--images {photos} --out seen"
+    how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")
 
 
