@@ -13,7 +13,7 @@ from torch import nn
 
 import models
 import runtime
-from models import VGG16, DeepLab, EfficientNetLite, FCN8s, FixedNorm, SameConv2d, SumHead
+from models import VGG16, DeepLab, EfficientNetLite, FCN8s, FixedNorm, SumHead
 from runtime import UserError
 
 
@@ -172,19 +172,6 @@ def test_norms_are_fixed():
         y.square().sum().backward()
         assert torch.equal(y, net.eval()(x)) and all(p.grad is not None for p in net.parameters())
         assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())
-
-
-def test_norm_within_the_convolution_is_the_norm_after_it():
-    """One convolution does both, to save a pass over the maps; the weights were made for batch norm's."""
-    conv, norm, x = SameConv2d(3, 4, 3).double(), FixedNorm(4).double(), torch.randn(2, 3, 5, 6).double()
-    for value in (norm.weight, norm.bias, norm.running_mean):
-        value.data.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    mean, std = norm.running_mean, (norm.running_var + 1e-3).sqrt()
-    y = torch.nn.functional.conv2d(x, conv.weight, None, 1, 1)
-    y = (y - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    expected = y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
-    torch.testing.assert_close(conv(x, norm), expected)
 
 
 def test_adamw_groups():
