@@ -79,7 +79,7 @@ case $ROW in
     done ;;
   judge)
     python train_gan.py $CFG name=$PAIR-judge seed=100 gan.steps=0
-    for RUN in runs/$PAIR-$SEED runs/${PAIR}_{reinhard,fda,jitter,cyclegan,cut,fastcut,dcan_images}-$SEED; do
+    for RUN in runs/$PAIR-$SEED runs/${PAIR}_{reinhard,fda,jitter,cyclegan,cut,fastcut,dcan_images,gan.*}-$SEED; do
       [ ! -f $RUN/augmented/identity.json ] ||
         python augment.py $RUN/augmented/config.yaml --judge runs/$PAIR-judge/gan/fseg/last.pt
     done ;;
