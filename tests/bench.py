@@ -1,6 +1,6 @@
 """What a training step costs. Not a test: run it by hand on an idle machine.
 
-    python tests/bench.py [CFG key=value ...]              training steps over their bare passes
+    python tests/bench.py [CFG key=value ...]              training steps over their bare passes; GPU memory
     python tests/bench.py [CFG key=value ...] --count      parameters, FLOPs and memory of each step, not run
     python tests/bench.py [CFG key=value ...] --translators    TGCF-DA's GAN, CycleGAN, CUT and FastCUT
     python tests/bench.py [CFG key=value ...] --munit DIR  the GAN's step against MUNIT's, DIR a clone of it
@@ -32,7 +32,7 @@ from datasets import class_list  # noqa: E402
 from models import (  # noqa: E402
     adamw, build_discriminator, build_fseg, build_generator, build_segmenter,
 )  # fmt: skip
-from train_gan import gan_step  # noqa: E402
+from train_gan import fseg_step, gan_step  # noqa: E402
 from train_selfens import selfens_step  # noqa: E402
 
 MUNIT = {"gan.width": 64, "gan.style_dim": 8, "gan.mlp_dim": 256, "gan.downsamples": 2, "gan.res_blocks": 4,
@@ -58,6 +58,21 @@ def seconds(functions: dict, rounds: int) -> dict:
                 torch.cuda.synchronize()
             times[name].append(clock() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def fseg(cfg, classes: int, device, cast):
+    """(a step of f_seg, its bare passes) as functions."""
+    x, net = images(cfg.fseg.batch, cfg.fseg.crop or cfg.source.size, device), build_fseg(cfg, classes)
+    y = torch.randint(0, classes, (len(x), *x.shape[-2:]), device=device)
+    optimiser = adamw(net.to(device, memory_format=torch.channels_last), 1e-4, 10.0, 0.01)
+
+    def passes():
+        net.zero_grad()
+        with cast:
+            logits = net(x)
+        logits.float().sum().backward()
+
+    return lambda: fseg_step(net, optimiser, x, y, None, cast), passes
 
 
 def gan(cfg, classes: int, device, cast):
@@ -121,10 +136,8 @@ def count(cfg, classes: int) -> None:
     print(f"{'step':<10}{'10^6 parameters':>16}{'TFLOP':>10}{'GiB kept':>10}{'steps':>9}{'PFLOP in all':>14}")
     with torch.device("meta"):
         cast, device = autocast(torch.device("cpu"), "float32"), torch.device("meta")
-        f_seg = build_fseg(cfg, classes)
-        x = images(cfg.fseg.batch, cfg.fseg.crop or cfg.source.size, device)
         both = [build_generator(cfg), build_discriminator(cfg)]
-        rows = [("f_seg", lambda: f_seg(x).sum().backward(), cfg.fseg.steps, [f_seg]),
+        rows = [("f_seg", fseg(cfg, classes, device, cast)[1], cfg.fseg.steps, [build_fseg(cfg, classes)]),
                 ("gan", gan(cfg, classes, device, cast)[1], cfg.gan.steps, both),
                 ("selfens", selfens(cfg, classes, device, cast)[1], cfg.selfens.steps,
                  [build_segmenter(cfg, classes)])]  # fmt: skip
@@ -233,11 +246,13 @@ def main() -> None:
         return
     device = get_device(cfg)
     cast = autocast(device, get_precision(cfg, device))
-    for name, make in (("GAN", gan), ("self-ensembling", selfens)):
+    for name, make in (("f_seg", fseg), ("GAN", gan), ("self-ensembling", selfens)):
         step, passes, *_ = make(cfg, classes, device, cast)
         took = seconds({"step": step, "passes": passes}, args.rounds)
+        gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0  # so far
         print(f"{name}: a step takes {took['step'] / took['passes']:.3f} of its bare passes "
-              f"({1000 * took['step']:.0f} and {1000 * took['passes']:.0f} ms)")
+              f"({1000 * took['step']:.0f} and {1000 * took['passes']:.0f} ms)"
+              + f", at most {gib:.1f} GiB of the GPU" * (gib > 0))
 
 
 if __name__ == "__main__":

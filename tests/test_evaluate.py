@@ -81,9 +81,6 @@ def cityscapes(tmp_path_factory):
                            export=root / "export", result=lambda: json.loads(result.read_text()))  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ the numbers
-
-
 def test_the_result_is_complete_and_adds_up(cityscapes):
     """A number without model, split, step and protocol is none; config and seed are the checkpoint's."""
     result = cityscapes.result()
@@ -146,9 +143,6 @@ def test_the_official_script_agrees_on_the_exported_files(cityscapes, tmp_path):
     assert abs(ours["miou"] - theirs["averageScoreClasses"]) <= 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------- exports
-
-
 def test_exported_files_are_what_a_server_takes(stage, cityscapes, tmp_path, capsys):
     """PNGs of label ids, named and sized like the images; of a test split, no labels need be there."""
     images = sorted((cityscapes.data / "leftImg8bit/val").rglob("*.png"))
@@ -176,9 +170,6 @@ def test_the_student_has_a_result_of_its_own(stage, cityscapes):
     student = json.loads((cityscapes.folder / "eval/source_only_student_val.json").read_text())
     assert student["model"] == "student" and "student of step 40" in student["protocol"]
     assert student["confusion"] != cityscapes.result()["confusion"]
-
-
-# ---------------------------------------------------------------------------------------- tables, comparisons
 
 
 @pytest.fixture
@@ -259,9 +250,6 @@ def test_two_results_side_by_side(stage, runs, capsys):
         b.write_text(content)
         with pytest.raises(UserError, match="c-1/eval.*not what belongs there"):
             stage("evaluate", "--compare", a, b)
-
-
-# ----------------------------------------------------------------------------------------------------- photos
 
 
 def test_photos_of_a_folder_and_one_alone(stage, cityscapes, tmp_path, capsys):

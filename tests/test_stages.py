@@ -422,9 +422,6 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_stays(pipeline, refused, mon
         assert load_checkpoint(folder / "last.pt", "")["step"] == 2
 
 
-# ------------------------------------------------------------------------------------------ what goes wrong
-
-
 @pytest.mark.parametrize("changes, words", [
     (["fseg.steps=1"], "warning: f_seg hardly reads"),
     (["gan.lr_d=0"], r"L_D/scale1 is \d\.\d+: D is at chance"),
