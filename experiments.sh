@@ -4,6 +4,7 @@
 # ROW is one of
 #     main                          the five variants
 #     long                          three times the steps; Source Only then sees as many images as TGCF-DA + SE did
+#     vgg16                         the five variants with the paper's own trunk, as long
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
 #     more                          as many steps again, from the seed's Source Only student
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
@@ -16,7 +17,7 @@
 # most done.
 set -eu
 cd "$(dirname "$0")"
-[ $# -ge 2 ] || { sed -n '2,16p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,17p' "$0"; exit 2; }
 ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
@@ -53,6 +54,10 @@ case $ROW in
   long)
     paint name=${PAIR}_long-$SEED $IMAGES
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
+  vgg16)                              # where torchvision cannot download it: fseg.pretrained=FILE selfens.pretrained=FILE
+    VGG="name=${PAIR}_vgg16-$SEED fseg.trunk=vgg16 fseg.lr=1e-4 selfens.trunk=vgg16 selfens.lr=1e-4 selfens.steps=$LONG"
+    paint $VGG
+    learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" $VGG ;;
   reinhard | fda | jitter)
     paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
