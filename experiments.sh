@@ -55,7 +55,7 @@ case $ROW in
     paint name=${PAIR}_long-$SEED $IMAGES
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
   vgg16)                              # where torchvision cannot download it: fseg.pretrained=FILE selfens.pretrained=FILE
-    VGG="name=${PAIR}_vgg16-$SEED fseg.trunk=vgg16 fseg.lr=1e-4 selfens.trunk=vgg16 selfens.lr=1e-4 selfens.steps=$LONG"
+    VGG="name=${PAIR}_vgg16-$SEED fseg.trunk=vgg16 selfens.trunk=vgg16 selfens.steps=$LONG"
     paint $VGG
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" $VGG ;;
   reinhard | fda | jitter)
