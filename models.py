@@ -327,8 +327,10 @@ class DeepLab(nn.Module):
         ) for rate in rates)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.trunk(x)[8]
-        return sum(branch(features) for branch in self.aspp)
+        return self.head(self.trunk(x), x.shape)
+
+    def head(self, maps: dict[int, Tensor], _shape) -> Tensor:
+        return sum(branch(maps[8]) for branch in self.aspp)
 
 
 class SumHead(nn.Module):
@@ -347,9 +349,13 @@ class SumHead(nn.Module):
             nn.Dropout(dropout), classifier(channels, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.trunk(x).items()
-        total = sum(upsample(side(y), s // 4) for side, (s, y) in zip(self.lateral, maps, strict=True))
-        return self.fuse(total)[..., : -(-x.shape[-2] // 4), : -(-x.shape[-1] // 4)]
+        return self.head(self.trunk(x), x.shape)
+
+    def head(self, maps: dict[int, Tensor], shape) -> Tensor:
+        """The logits of an image of this shape, of its maps {stride: map}."""
+        maps = zip(self.lateral, maps.items(), strict=True)
+        total = sum(upsample(side(y), s // 4) for side, (s, y) in maps)
+        return self.fuse(total)[..., : -(-shape[-2] // 4), : -(-shape[-1] // 4)]
 
 
 # --------------------------------- networks that a config's `gan`, `fseg`, `selfens` describe; checkpoints
