@@ -28,7 +28,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks here alone
 from runtime import (  # noqa: E402
     Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, load_weights,
-    make_sheet, nested, rank, run_main, seed_torch, to_uint8, world,
+    make_sheet, rank, run_main, seed_torch, to_uint8, world,
 )  # fmt: skip
 
 # isort: split
@@ -41,9 +41,6 @@ from tqdm import tqdm  # noqa: E402
 from datasets import Batches, Scenes, to_float  # noqa: E402
 from losses import linear, lsgan_d, lsgan_g, set_lr, wide  # noqa: E402
 from models import InstanceNorm, ResBlock, build_discriminator, pad_to_multiple, reflected  # noqa: E402
-from train_gan import check_keys  # noqa: E402
-
-# --------------------------------------------------------------------------------- what cut.py shares with it
 
 
 class PlainBlock(ResBlock):
@@ -83,9 +80,15 @@ def build_translator(cfg) -> Translator:
 
 
 def check(cfg) -> None:
-    """Raises UserError for what train_gan.py would refuse, too, of the sizes, and for no steps at all."""
-    check_keys(nested(cfg.flat | {"gan.warmup_steps": 0, "fseg.steps": 1}))  # neither is there here
-    if not cfg.gan.steps:
+    """Raises UserError for what could only fail later: sizes that do not fit, and no steps at all."""
+    c, size = cfg.gan, cfg.gan.crop or cfg.source.size
+    with torch.device("meta"):
+        view = build_discriminator(cfg).receptive_field()[-1]
+    if not c.crop and cfg.source.size != cfg.target.size:
+        raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
+    if view > min(size) or 2 * 2**c.downsamples > min(size):
+        raise UserError(f"gan.d_layers, gan.d_scales, gan.downsamples: too deep for {size}; lower them")
+    if not c.steps:
         raise UserError("gan.steps=0: the generator would know nothing; raise it")
 
 
@@ -155,9 +158,6 @@ def write_images(run: Run, G, source: Scenes, items: str) -> None:
     print(f"{method}: {len(files)} images in {folder}; next: python augment.py {items} "
           f"name={run.cfg.name}-{method} augment.method=folder augment.folder={shlex.quote(str(folder))} "
           "augment.styles_per_image=1")
-
-
-# --------------------------------------------------------------------------------------------------- CycleGAN
 
 
 def cyclegan_step(nets, x, y, lambda_cycle: float, lambda_identity: float, cast) -> dict:

@@ -4,9 +4,8 @@
     python baselines/dcan.py cfg.yaml --se                     with self-ensembling; the translator is shared
     python baselines/dcan.py cfg.yaml --restart                begin anew; the old folder is kept aside
 
-Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/baselines/dcan/translator/; images/,
-each source image translated, which augment.method=folder reads; and OUTPUT/NAME/baselines/dcan/ (dcan_se),
-what stage 3 writes. A run that was stopped continues, in each part.
+Writes OUTPUT/NAME/baselines/dcan/: translator/; images/, each source image translated, which
+augment.method=folder reads; and, or in dcan_se/, what stage 3 writes. A run that was stopped continues.
 
 One operation aligns in image and in feature space, channel by channel:
     align(F_s, F_t) = sigma(F_t) (F_s - mu(F_s)) / sigma(F_s) + mu(F_t)
@@ -14,12 +13,11 @@ One operation aligns in image and in feature space, channel by channel:
                  network's maps phi_l:  min over T of  L_content + lambda_style L_style, which stand below
     segmenter    trunk E, head H:  min over E, H of  CE(H(align(E(x_g), E(x_t))), y_s);  it reads H(E(x_t))
 
-Ours: layers and weights; phi, `fseg.trunk`, was VGG-19; errors on it are relative to the mean square of what
-they are compared with, as its maps differ in scale; content is compared at stride 8, style at 4, 8 and 16. T
-has stage 1's widths, depth and rates, aligned shortcuts, and begins as an auto-encoder, as G does there, but
-keeps Adam's moments then. The segmenter comes after it, with one translation of each source image, by the
-guide that augment.py draws. All maps that the head reads are aligned; no gradient goes to the target's
-statistics. All else of segmenter and teacher is stage 3's. --se adds its delta_con L_con, nothing else.
+Ours: layers and weights; phi, `fseg.trunk`, was VGG-19; errors are relative to the mean square of what maps
+are compared with, content at stride 8, style at 4, 8 and 16. T has stage 1's widths, depth and rates, aligned
+shortcuts, and begins as an auto-encoder, as G does there. The segmenter comes after it, with one translation
+of each source image, by the guide that augment.py draws. All maps that the head reads are aligned; no
+gradient goes to the target's statistics. All else is stage 3's. --se adds its delta_con L_con, nothing else.
 """
 
 import copy
@@ -31,20 +29,23 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from runtime import (  # noqa: E402
-    Run, UserError, all_reduce, autocast, average_gradients, command_line, load_weights, make_sheet,
+    Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, make_sheet,
     random_generator, rank, run_main, seed_torch, to_uint8, world,
 )  # fmt: skip
 
+# isort: split
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from augment import repaint  # noqa: E402
+from baselines.mcd import build_pair, load_states, self_ensembling, update_teacher, write_sheet  # noqa: E402
 from datasets import Batches, Scenes, has_labels, to_float  # noqa: E402
-from losses import linear, poly, set_lr, sigmoid_ramp_up, wide  # noqa: E402
-from models import VGG16, EfficientNetLite, adain, load_trunk, pad_to_multiple, reflected  # noqa: E402
-from train_gan import warm_up_step  # noqa: E402
-from train_selfens import build_nets, selfens_step, write_sheet  # noqa: E402
+from losses import cross_entropy, linear, poly, set_lr, sigmoid_ramp_up, wide  # noqa: E402
+from models import (  # noqa: E402
+    VGG16, EfficientNetLite, adain, adamw, load_trunk, pad_to_multiple, reflected, upsample,
+)  # fmt: skip
 
 CONTENT, STYLE, EPS = 8, (4, 8, 16), 1e-5  # strides of phi's maps; added to variances
 
@@ -94,31 +95,38 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
     return (wide(x) - wide(y)).square().mean() / wide(y).square().mean().clamp(min=EPS)
 
 
-def translator_step(nets, x_s: Tensor, x_t: Tensor, cast) -> dict:
-    """One update of T. nets: G, which is T, phi, opt_g, lambda_style; images (N, 3, H, W) in [-1, 1]."""
-    with cast:
-        x_g = nets.G(x_s, x_t)
-        maps_g = nets.phi(x_g)
-        with torch.no_grad():
-            maps_s, maps_t = nets.phi(x_s), nets.phi(x_t)
-    # L_content = |phi(x_g) - align(phi(x_s), phi(x_t))|^2
-    L_content = squared_error(maps_g[CONTENT], align(maps_s[CONTENT], maps_t[CONTENT]))
-    # L_style = sum over l of |mu(phi_l(x_g)) - mu(phi_l(x_t))|^2 + |sigma(phi_l(x_g)) - sigma(phi_l(x_t))|^2
-    L_style = sum(squared_error(g, t) for l in STYLE
-                  for g, t in zip(statistics(maps_g[l]), statistics(maps_t[l]), strict=True))
-    nets.opt_g.zero_grad()
-    (L_content + nets.lambda_style * L_style).backward()
-    average_gradients(nets.G)
-    nets.opt_g.step()
-    return {"L_content": L_content.detach(), "L_style": L_style.detach()}
+def translator_step(nets, x_s: Tensor, x_t: Tensor, warm_up: bool, cast) -> dict:
+    """One update of T. nets: T, phi, opt, lambda_style; images (N, 3, H, W) in [-1, 1]."""
+    nets.opt.zero_grad()
+    if warm_up:  # L_rec = mean |T(x, x) - x|, summed over the domains
+        with cast:
+            both = [(nets.T(x, x), x) for x in (x_s, x_t)]
+        parts = [(x_rec - x).abs().mean() for x_rec, x in both]
+        terms = {"L_rec": sum(parts)}
+    else:
+        with cast:
+            x_g = nets.T(x_s, x_t)
+            maps_g = nets.phi(x_g)
+            with torch.no_grad():
+                maps_s, maps_t = nets.phi(x_s), nets.phi(x_t)
+        # L_content = |phi(x_g) - align(phi(x_s), phi(x_t))|^2
+        L_content = squared_error(maps_g[CONTENT], align(maps_s[CONTENT], maps_t[CONTENT]))
+        # L_style = sum over l of |mu(phi_l(x_g)) - mu(phi_l(x_t))|^2 + the same of sigma
+        L_style = sum(squared_error(g, t) for l in STYLE
+                      for g, t in zip(statistics(maps_g[l]), statistics(maps_t[l]), strict=True))
+        parts, terms = [L_content + nets.lambda_style * L_style], {"L_content": L_content, "L_style": L_style}
+    for part in parts:
+        part.backward()
+    average_gradients(nets.T)
+    nets.opt.step()
+    return {name: term.detach() for name, term in terms.items()}
 
 
 @torch.inference_mode()
 def translator_sheet(run: Run, step: int, T, source: Scenes, target: Scenes) -> None:
     """Sheet of source images, translated, and guides."""
-    x_s, x_t = (torch.stack([scenes.image(i * (len(scenes) - 1) // 5) for i in range(6)])
-                for scenes in (source, target))
-    x_s, x_t = to_float(x_s, run.device), to_float(x_t, run.device)
+    x_s, x_t = (to_float(torch.stack([some.image(i * (len(some) - 1) // 5) for i in range(6)]), run.device)
+                for some in (source, target))
     with autocast(run.device, run.precision):
         x_g = T(x_s, x_t)
     rows = [[*map(to_uint8, images)] for images in zip(x_s, x_g, x_t, strict=True)]
@@ -127,8 +135,8 @@ def translator_sheet(run: Run, step: int, T, source: Scenes, target: Scenes) -> 
 
 def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, target: Scenes) -> nn.Module:
     """Trains T, or loads it, and returns it."""
-    c, sections = cfg.gan, ("", "source", "target", "fseg", "gan")
-    run = Run(cfg, "baselines/dcan/translator", sections, data, c.steps)
+    c = cfg.gan
+    run = Run(cfg, "baselines/dcan/translator", ("", "source", "target", "fseg", "gan"), data, c.steps)
     seed_torch(cfg.seed, "dcan translator", "init")
     phi = (VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite)(cfg.fseg.width)
     T = Translator(c.width, c.downsamples, c.res_blocks)
@@ -137,9 +145,8 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
         net.to(run.device, memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(T.parameters(), c.lr_g, weight_decay=c.weight_decay, fused=True)
     optimiser.param_groups[0]["base_lr"] = c.lr_g
-    nets = SimpleNamespace(G=T, phi=phi, opt_g=optimiser, lambda_style=lambda_style)
-    for part, name in ((T, "T"), (optimiser, "opt")) if run.state else ():
-        load_weights(part, run.state.get(name), run.path)
+    nets = SimpleNamespace(T=T, phi=phi, opt=optimiser, lambda_style=lambda_style)
+    load_states(run, nets, ("T", "opt"))
     if run.finished():
         return T
     batches = Batches(cfg, "gan", {"source": source, "target": target})
@@ -149,7 +156,7 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         warm_up = step <= c.warmup_steps
         set_lr(optimiser, c.warmup_lr / max(c.lr_g, 1e-12) if warm_up else linear(step, c.steps))
-        run.log(step, (warm_up_step if warm_up else translator_step)(nets, x_s, x_t, cast))
+        run.log(step, translator_step(nets, x_s, x_t, warm_up, cast))
         if run.due("sheet", step):
             translator_sheet(run, step, T, source, target)
         if run.due("save", step):
@@ -158,51 +165,46 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
     return T
 
 
-def translate(cfg, T: nn.Module, source: Scenes, target: Scenes) -> Scenes:
-    """The source with its images translated; those that are missing are made."""
-    numbers, size = range(len(source)), cfg.inference_batch
-    batches = [numbers[first:][:size] for first in numbers[::size]]
-    run = Run(cfg, "baselines/dcan/images", (), {}, len(batches))
-    files = [run.folder / f"{sample.name}.png" for sample in source.samples]
-    missing = [batch for batch in batches if not all(files[k].exists() for k in batch)]
+def translate(cfg, run: Run, T: nn.Module, source: Scenes, target: Scenes) -> Scenes:
+    """The source with its images translated, by the guides that augment.py draws; what is missing is made."""
+    files = [Path(cfg.output, cfg.name, "baselines/dcan/images", f"{s.name}.png") for s in source.samples]
+    missing = [k for k in range(len(files)) if not files[k].exists()]
     all_reduce(torch.zeros(1))  # no process begins before all have looked
-
-    def read(k):  # the guide is the one that augment.py draws
+    for k in tqdm(missing[rank() :: world()], "images", mininterval=1, disable=rank() > 0):
         guide = int(random_generator(cfg.seed, "augment", k).integers(len(target)))
-        return source.image(k), target.image(guide)
-
-    if missing:
-        run.begin()
-        repaint(run, T, read, files, missing[rank() :: world()])
-        all_reduce(torch.zeros(1))
-        run.close()
+        x_s, x_t = (to_float(x[None], run.device) for x in (source.image(k), target.image(guide)))
+        with torch.inference_mode(), autocast(run.device, run.precision):
+            image = Image.fromarray(to_uint8(T(x_s, x_t)[0]))
+        atomic_write(files[k], lambda file, image=image: image.save(file, "PNG"))
+    all_reduce(torch.zeros(1))
     translated = copy.copy(source)
     translated.cached = {}
     translated.samples = [s._replace(image=str(f)) for s, f in zip(source.samples, files, strict=True)]
     return translated
 
 
-class Maps(dict):
-    """A trunk's maps {stride: map} as a head's input, with the `shape` of the image, to which it cuts."""
-
-
-class Aligning(nn.Module):
-    """The segmenter: H(E(x)) of an image x, and of a pair (x_g, x_t) H(align(E(x_g), E(x_t)))."""
-
-    def __init__(self, segmenter: nn.Module):
-        super().__init__()
-        self.segmenter, self.stride = segmenter, segmenter.stride
-
-    def forward(self, x) -> Tensor:
-        if isinstance(x, Tensor):
-            return self.segmenter(x)
-        x_g, x_t = x
+def dcan_step(nets, batch: dict, c, delta_con, alpha: float, cast) -> dict:
+    """One update of student and teacher. Returns the loss terms. Arguments: mcd.mcd_step's, x_g for x_s."""
+    student, (x_g, x_t, y_s) = nets.student, (batch[name] for name in ("x_g", "x_t", "y_s"))
+    nets.optimiser.zero_grad()
+    # L_sup = CE(H(align(E(x_g), E(x_t))), y_s)
+    with cast:
         with torch.no_grad():
-            maps_t = self.segmenter.trunk(x_t)
-        maps = Maps({s: align(f, maps_t[s]) for s, f in self.segmenter.trunk(x_g).items()})
-        head, maps.shape = copy.copy(self.segmenter), x_g.shape
-        head._modules = self.segmenter._modules | {"trunk": nn.Identity()}  # the head alone
-        return head(maps)
+            maps_t = student.trunk(x_t)
+        maps = {s: align(f, maps_t[s]) for s, f in student.trunk(x_g).items()}
+        logits = student.head(maps, x_g.shape)
+    L_sup = cross_entropy(upsample(logits, student.stride, y_s.shape[-2:]), y_s, nets.weight)
+    L_sup.backward()
+    terms = {"L_sup": L_sup.detach()}
+    # With --se: + delta_con L_con of H(E(x_t + n)) and the teacher's reading of x_t + n'
+    if delta_con is not None:
+        L_con = self_ensembling(nets, x_t, c.noise_std, cast)
+        (delta_con * L_con).backward()
+        terms |= {"L_con": L_con.detach(), "delta_con": delta_con}
+    average_gradients(student)
+    nets.optimiser.step()
+    update_teacher(nets.teacher, student, alpha)
+    return terms
 
 
 def main() -> None:
@@ -219,27 +221,25 @@ def main() -> None:
     if run.finished():
         return
     T = train_translator(cfg, args.lambda_style, data, source, target)
-    translated = translate(cfg, T, source, target)
-    nets, cast = build_nets(cfg, translated, run), autocast(run.device, run.precision)
-    student, nets.student = nets.student, Aligning(nets.student).train()
+    translated = translate(cfg, run, T, source, target)
+    nets, cast = build_pair(cfg, "selfens", translated, run), autocast(run.device, run.precision)
+    nets.optimiser = adamw(nets.student, c.lr, cfg.head_lr, cfg.weight_decay)
+    load_states(run, nets, states := ("student", "teacher", "optimiser"))
     batches = Batches(cfg, "selfens", {"source": translated, "target": target}, rare=cfg.rare)
-
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
         seed_torch(cfg.seed, "dcan", step)  # noise and dropout
         set_lr(nets.optimiser, poly(step, c.steps))
-        y_s = batch.pop("y_s").to(run.device).long()
         x_g, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
-        # L_sup = CE(H(align(E(x_g), E(x_t))), y_s); with --se + delta_con L_con, which is of x_t alone
-        batch = {"x_s": (x_g, x_t), "y_s": y_s} | ({"x_t": x_t} if args.se else {})
-        delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps)
-        terms = selfens_step(nets, batch, c, delta_con, min(c.ema_decay, 1 - 1 / step), cast)
+        batch = {"x_g": x_g, "x_t": x_t, "y_s": batch["y_s"].to(run.device).long()}
+        delta_con = c.delta_con * sigmoid_ramp_up(step, c.ramp_up * c.steps) if args.se else None
+        terms = dcan_step(nets, batch, c, delta_con, min(c.ema_decay, 1 - 1 / step), cast)
         run.log(step, terms | {"lr": nets.optimiser.param_groups[0]["lr"]})
         if run.due("sheet", step):
             write_sheet(run, step, nets, val)
         if run.due("save", step):
-            states = {name: getattr(nets, name).state_dict() for name in ("teacher", "optimiser")}
-            run.save(step, student=student.state_dict(), **states, classes=list(val.classes), variant=variant)
+            state = {name: getattr(nets, name).state_dict() for name in states}
+            run.save(step, **state, classes=list(val.classes), variant=variant)
     run.close()
     how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"{variant}: {run.folder} is finished; next: python evaluate.py {args.items} "

@@ -28,31 +28,23 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from runtime import (  # noqa: E402
-    Run, UserError, autocast, average_gradients, command_line, load_weights, run_main, seed_torch,
+    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet, run_main,
+    seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from datasets import Batches, Scenes, has_labels, to_float  # noqa: E402
+from datasets import Batches, Scenes, colourise, has_labels, to_float  # noqa: E402
 from losses import (  # noqa: E402
     class_weights, consistency, cross_entropy, poly, set_lr, sigmoid_ramp_up, wide,
 )  # fmt: skip
 from models import adamw, build_segmenter, load_trunk, upsample  # noqa: E402
-from train_selfens import update_teacher, write_sheet  # noqa: E402
-
-
-class Maps(dict):
-    """A trunk's maps {stride: map} as a head's input, with the `shape` of the image, to which it cuts."""
-
-    def __init__(self, maps: dict, shape):
-        super().__init__(maps)
-        self.shape = shape
 
 
 def head_of(segmenter: nn.Module) -> nn.Module:
-    """The segmenter's own head as a network on `Maps`: nothing stands in the trunk's place."""
+    """The segmenter without its trunk, the same weights: a network of F1's or F2's alone."""
     head = copy.copy(segmenter)
     head._modules = segmenter._modules | {"trunk": nn.Identity()}
     return head
@@ -73,6 +65,15 @@ def update(loss: Tensor, *parts) -> None:
         optimiser.step()
 
 
+def self_ensembling(nets, x_t: Tensor, noise_std: float, cast) -> Tensor:
+    """L_con of student and teacher on x_t: (N, 3, H, W) in [-1, 1], each with noise of its own -> scalar."""
+    with torch.no_grad(), cast:
+        teacher_logits = nets.teacher(x_t + noise_std * torch.randn_like(x_t))
+    with cast:
+        logits = nets.student(x_t + noise_std * torch.randn_like(x_t))
+    return consistency(logits, teacher_logits)
+
+
 def mcd_step(nets, batch: dict, c, k: int, delta_con, alpha: float, cast) -> dict:
     """Steps A, B and k times C, then the teacher's update. Returns the loss terms, scalars.
 
@@ -84,7 +85,7 @@ def mcd_step(nets, batch: dict, c, k: int, delta_con, alpha: float, cast) -> dic
 
     def both(maps: dict, shape) -> list[Tensor]:
         with cast:
-            return [head(Maps(maps, shape)) for head in F]
+            return [net.head(maps, shape) for net in F]
 
     def supervised(maps: dict) -> Tensor:
         return sum(cross_entropy(upsample(logits, student.stride, y_s.shape[-2:]), y_s, nets.weight)
@@ -97,11 +98,7 @@ def mcd_step(nets, batch: dict, c, k: int, delta_con, alpha: float, cast) -> dic
     loss, terms = L_sup, {"L_sup": L_sup.detach()}
     # With --se: + delta_con L_con of F1(G(x_t + n)) and the teacher's reading of x_t + n'
     if delta_con is not None:
-        with torch.no_grad(), cast:
-            teacher_logits = nets.teacher(x_t + c.noise_std * torch.randn_like(x_t))
-        with cast:
-            logits = student(x_t + c.noise_std * torch.randn_like(x_t))
-        L_con = consistency(logits, teacher_logits)
+        L_con = self_ensembling(nets, x_t, c.noise_std, cast)
         loss, terms = loss + delta_con * L_con, terms | {"L_con": L_con.detach(), "delta_con": delta_con}
     update(loss, (G, nets.opt_g), (F, nets.opt_f))
 
@@ -122,32 +119,58 @@ def mcd_step(nets, batch: dict, c, k: int, delta_con, alpha: float, cast) -> dic
     return terms | {"L_dis/C": L_dis.detach()}
 
 
-def build_nets(cfg, source: Scenes, run: Run) -> SimpleNamespace:
-    """What `mcd_step` trains, new or as the checkpoint has it, and the weight of each class."""
-    c, classes = cfg.selfens, len(source.classes)
-    seed_torch(cfg.seed, "mcd", "init")
-    student = build_segmenter(cfg, classes)
+@torch.no_grad()
+def update_teacher(teacher, student, alpha: float) -> None:
+    """t_i = alpha t_(i-1) + (1 - alpha) s_i for every weight."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
+
+
+@torch.inference_mode()
+def write_sheet(run: Run, step: int, nets, val: Scenes) -> None:
+    """Sheet of target images, what student and teacher read there, and labels."""
+    shown, readings = range(0, len(val), -(-len(val) // 4)), []
+    x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
+    for net in (nets.student, nets.teacher):
+        net.eval()
+        with autocast(run.device, run.precision):
+            logits = net(x_t)
+        net.train()
+        readings.append(upsample(logits, net.stride, x_t.shape[-2:]).argmax(1).cpu())
+    rows = [[to_uint8(x), *(colourise(ids, val.classes) for ids in (*ids, val.label(i)))]
+            for i, x, *ids in zip(shown, x_t, *readings, strict=True)]
+    run.sheet(step, "readings", make_sheet(["target (val)", "student", "teacher", "label"], rows))
+
+
+def build_pair(cfg, key: str, source: Scenes, run: Run) -> SimpleNamespace:
+    """Student and teacher with first weights by `key`, in training mode, and the weight of each class."""
+    seed_torch(cfg.seed, key, "init")
+    student = build_segmenter(cfg, len(source.classes))
     if not run.state:
         load_trunk(student, cfg, "selfens")
+    student.to(run.device, memory_format=torch.channels_last).train()  # dropout
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    weight = class_weights(source.pixels, cfg.balance).to(run.device) if cfg.balance else None
+    for net in (student.trunk, teacher) if cfg.compile else ():  # in place: the names in checkpoints stay
+        net.compile(dynamic=False)
+    return SimpleNamespace(student=student, teacher=teacher, weight=weight)
+
+
+def load_states(run: Run, nets, names: tuple) -> None:
+    for name in names if run.state else ():
+        load_weights(getattr(nets, name), run.state.get(name), run.path)
+
+
+def build_nets(cfg, source: Scenes, run: Run) -> SimpleNamespace:
+    """What `mcd_step` trains, new or as the checkpoint has it, and the weight of each class."""
+    c, nets = cfg.selfens, build_pair(cfg, "mcd", source, run)
     seed_torch(cfg.seed, "mcd", "second head", "init")
-    other = build_segmenter(cfg, classes)
-    for net in (student, other):
-        net.to(run.device, memory_format=torch.channels_last)
-    teacher, F2 = copy.deepcopy(student).requires_grad_(False), head_of(other)
-    nets = SimpleNamespace(student=student, teacher=teacher, G=student.trunk, F2=F2)
-    nets.F = nn.ModuleList([head_of(student), F2])
+    other = build_segmenter(cfg, len(source.classes)).train()
+    nets.G, nets.F2 = nets.student.trunk, head_of(other.to(run.device, memory_format=torch.channels_last))
+    nets.F = nn.ModuleList([head_of(nets.student), nets.F2])
     # G alone must not be taken for a head, whose learning rate is another
     nets.opt_g = adamw(nn.ModuleDict({"trunk": nets.G}), c.lr, cfg.head_lr, cfg.weight_decay)
     nets.opt_f = adamw(nets.F, c.lr, cfg.head_lr, cfg.weight_decay)
-    nets.weight = class_weights(source.pixels, cfg.balance).to(run.device) if cfg.balance else None
-    if run.state:
-        for name in ("student", "teacher", "F2", "opt_g", "opt_f"):
-            load_weights(getattr(nets, name), run.state.get(name), run.path)
-    for net in (student, teacher, nets.F):
-        net.train()  # dropout
-    if cfg.compile:  # in place, so that the names in checkpoints stay
-        for net in (nets.G, teacher):
-            net.compile(dynamic=False)
+    load_states(run, nets, ("student", "teacher", "F2", "opt_g", "opt_f"))
     return nets
 
 

@@ -65,17 +65,17 @@ def test_mcd_step_is_the_plain_one(trunk, delta_con):
 
 
 def test_dcan_aligns_and_translates_by_the_formulas():
-    """Aligned maps have the target's statistics; the head reads such maps; T's losses and gradients."""
+    """Aligned maps have the target's statistics; T's and the segmenter's losses and gradients on them."""
     torch.manual_seed(0)
     f_s, f_t = torch.randn(2, 3, 9, 8).double(), 3 + 2 * torch.randn(2, 3, 5, 6).double()
     for mean, deviation in (dcan.statistics(dcan.align(f_s, f_t)), dcan.statistics(f_t)):
         assert torch.allclose(mean, f_t.mean((2, 3)), rtol=1e-9)
         assert torch.allclose(deviation, f_t.std((2, 3), correction=0), rtol=2e-5)
     assert torch.allclose(dcan.align(f_s, f_s), f_s)
-    segmenter, (x_s, x_t, _) = prepared(build_segmenter(config(), CLASSES)).eval(), draw(2, (29, 44))
-    T, phi = prepared(dcan.Translator(4, 2, 1)), copy.deepcopy(segmenter.trunk).requires_grad_(False)
-    nets = SimpleNamespace(G=T, phi=phi, opt_g=torch.optim.SGD(T.parameters(), 0.0), lambda_style=3.0)
-    terms, (g, s, t) = dcan.translator_step(nets, x_s, x_t, CAST), map(phi, (T(x_s, x_t), x_s, x_t))
+    pair, (x_s, x_t, y) = selfens_nets(cfg := config()), draw(2, (29, 44))
+    T, phi = prepared(dcan.Translator(4, 2, 1)), copy.deepcopy(pair.student.trunk).requires_grad_(False)
+    nets = SimpleNamespace(T=T, phi=phi, opt=torch.optim.SGD(T.parameters(), 0.0), lambda_style=3.0)
+    terms, (g, s, t) = dcan.translator_step(nets, x_s, x_t, False, CAST), map(phi, (T(x_s, x_t), x_s, x_t))
     aligned = {l: dcan.align(s[l], t[l]) for l in s}
     ours, theirs = ([m for l in (4, 8, 16) for m in dcan.statistics(maps[l])] for maps in (g, t))
     pairs = zip([g[8], *ours], [aligned[8], *theirs], strict=True)
@@ -83,14 +83,19 @@ def test_dcan_aligns_and_translates_by_the_formulas():
     compare(terms, {"L_content": L_content, "L_style": sum(L_style)})
     grads = torch.autograd.grad(L_content + 3 * sum(L_style), [*T.parameters()])
     compare(of(T), dict(zip(of(T), grads, strict=True)))
-    z = dcan.Aligning(segmenter)((x_s, x_t))
-    segmenter.trunk.forward = lambda x: aligned
-    assert torch.equal(z, segmenter(x_s))
+    student = copy.deepcopy(pair.student)
+    aligned = {l: dcan.align(f, t[l]) for l, f in student.trunk(x_s).items()}
+    student.trunk.forward = lambda x: aligned
+    L_sup = plain.cross_entropy(plain.bilinear(student(x_s), student.stride, y.shape[1:]), y)
+    L_sup.backward()
+    batch = {"x_g": x_s, "x_t": x_t, "y_s": y}
+    compare(dcan.dcan_step(pair, batch, cfg.selfens, None, 0.5, CAST), {"L_sup": L_sup})
+    compare(of(pair.student), of(student))
 
 
 @pytest.mark.parametrize("variant, cuts", [
-    ("mcd", ["mcd_step"]), ("mcd_se", ["mcd_step"]), ("dcan", ["selfens_step"]),
-    ("dcan_se", ["translator_step", "random_generator", "selfens_step"])])
+    ("mcd", ["mcd_step"]), ("mcd_se", ["mcd_step"]), ("dcan", ["dcan_step"]),
+    ("dcan_se", ["translator_step", "random_generator", "dcan_step"])])
 def test_a_run_by_the_command_line_and_one_cut_by_power_failures(variant, cuts, tmp_path, stage, monkeypatch):
     """The cuts change no bit; last.pt is a segmenter's; the target's training labels are not read."""
     roots = make_carla(tmp_path / "carla"), make_camvid(tmp_path / "camvid", bad_train_labels=True)

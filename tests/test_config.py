@@ -140,13 +140,14 @@ def test_output_survives_ascii_terminals_and_closed_pipes(tmp_path, stage, monke
 
 def test_stages_import_the_four_shared_files_and_nothing_of_each_other():
     """A stage can be read and changed alone; losses can be used anywhere; streets is one data set of many."""
-    found = {}
-    for path in SOURCES:
+    found, baselines = {}, [*REPO.glob("baselines/*.py")]
+    for path in (*SOURCES, *baselines):
         nodes = [*ast.walk(ast.parse(path.read_text()))]
         names = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         names |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         found[path.stem] = names & {path.stem for path in SOURCES}
-    assert all(found[stage] <= {"models", "losses", "datasets", "runtime"} for stage in STAGES), found
+    alone = *STAGES, *(path.stem for path in baselines)
+    assert all(found[name] <= {"models", "losses", "datasets", "runtime"} for name in alone), found
     assert not found["losses"] and [name for name in found if "streets" in found[name]] == ["pairs"]
 
 

@@ -115,9 +115,6 @@ def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------ what a run leaves
-
-
 def test_the_run_folder_has_the_documented_layout(pipeline):
     """Scripts and people find results by these paths; the last printed command is the one that evaluates."""
     files = set(digests(pipeline.folder))
@@ -317,9 +314,6 @@ def test_a_second_process_in_the_same_folder_is_refused(duplicate, refused):
         other.join()
 
 
-# ----------------------------------------------------------------------------------------------- broken files
-
-
 class Evil:
     def __init__(self, command):
         self.command = command
@@ -358,9 +352,6 @@ def test_a_torn_augmented_image_is_named(duplicate, refused):
         path.write_bytes(path.read_bytes()[:200])
     line = refused("train_selfens", *duplicate.args, "selfens.variant=tgcf_da")
     assert re.search(r"augmented/style\d/\d{6}\.png: not a readable PNG", line)
-
-
-# ---------------------------------------------------------------------------------------- training that fails
 
 
 def test_training_that_does_nothing_does_not_pass(stage, refused, pipeline, tmp_path):
