@@ -353,8 +353,7 @@ class SumHead(nn.Module):
 
     def head(self, maps: dict[int, Tensor], shape) -> Tensor:
         """The logits of an image of this shape, of its maps {stride: map}."""
-        maps = zip(self.lateral, maps.items(), strict=True)
-        total = sum(upsample(side(y), s // 4) for side, (s, y) in maps)
+        total = sum(upsample(side(maps[s]), s // 4) for side, s in zip(self.lateral, maps, strict=True))
         return self.fuse(total)[..., : -(-shape[-2] // 4), : -(-shape[-1] // 4)]
 
 
@@ -367,6 +366,18 @@ def build_generator(cfg, _classes=None) -> Generator:
 def build_discriminator(cfg) -> MultiScaleDiscriminator:
     c = cfg.gan
     return MultiScaleDiscriminator(c.d_width, c.d_layers, c.d_scales, c.spectral_norm)
+
+
+def check_sizes(cfg) -> None:
+    """Raises UserError where G or D is too deep for the images of its training, or these differ in size."""
+    c, size = cfg.gan, cfg.gan.crop or cfg.source.size
+    with torch.device("meta"):
+        view = build_discriminator(cfg).receptive_field()[-1]
+    if not c.crop and cfg.source.size != cfg.target.size:
+        raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
+    if view > min(size) or 2 * 2**c.downsamples > min(size):
+        raise UserError(f"gan.d_layers, gan.d_scales: D's scores would see {view} pixels of {size}, and G's "
+                        f"content have {min(size) >> c.downsamples} cells; lower them, or gan.downsamples")
 
 
 def build_fseg(cfg, classes: int) -> FCN8s:

@@ -25,7 +25,7 @@ from losses import (
     class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr,
     style_statistics,
 )  # fmt: skip
-from models import adamw, build_discriminator, build_fseg, build_generator, load_net, load_trunk
+from models import adamw, build_discriminator, build_fseg, build_generator, check_sizes, load_net, load_trunk
 
 # ------------------------------------------------------------------------------------------------------ f_seg
 def fseg_step(f_seg, optimiser, x_s, y_s, weight, cast) -> dict:
@@ -221,16 +221,9 @@ def symptoms(logged: list[dict], style_corr: float) -> list[str]:
 
 def check_keys(cfg) -> None:
     """Raises UserError for what could only fail, or come to nothing, after hours of training."""
-    c, size = cfg.gan, cfg.gan.crop or cfg.source.size
-    with torch.device("meta"):
-        view = build_discriminator(cfg).receptive_field()[-1]
-    if not c.crop and cfg.source.size != cfg.target.size:
-        raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
-    if view > min(size) or 2 * 2**c.downsamples > min(size):
-        raise UserError(f"gan.d_layers, gan.d_scales: D's scores would see {view} pixels of {size}, and G's "
-                        f"content have {min(size) >> c.downsamples} cells; lower them, or gan.downsamples")
-    if 0 < c.steps <= c.warmup_steps:
-        raise UserError(f"gan.warmup_steps={c.warmup_steps}: G would never see D; lower it")
+    check_sizes(cfg)
+    if 0 < cfg.gan.steps <= cfg.gan.warmup_steps:
+        raise UserError(f"gan.warmup_steps={cfg.gan.warmup_steps}: G would never see D; lower it")
     if not cfg.fseg.steps and not cfg.fseg.checkpoint:
         raise UserError("fseg.steps=0: f_seg would know nothing; raise it, or set fseg.checkpoint")
 

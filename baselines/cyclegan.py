@@ -40,7 +40,9 @@ from tqdm import tqdm  # noqa: E402
 
 from datasets import Batches, Scenes, to_float  # noqa: E402
 from losses import linear, lsgan_d, lsgan_g, set_lr, wide  # noqa: E402
-from models import InstanceNorm, ResBlock, build_discriminator, pad_to_multiple, reflected  # noqa: E402
+from models import (  # noqa: E402
+    InstanceNorm, ResBlock, build_discriminator, check_sizes, pad_to_multiple, reflected,
+)  # fmt: skip
 
 
 class PlainBlock(ResBlock):
@@ -80,15 +82,9 @@ def build_translator(cfg) -> Translator:
 
 
 def check(cfg) -> None:
-    """Raises UserError for what could only fail later: sizes that do not fit, and no steps at all."""
-    c, size = cfg.gan, cfg.gan.crop or cfg.source.size
-    with torch.device("meta"):
-        view = build_discriminator(cfg).receptive_field()[-1]
-    if not c.crop and cfg.source.size != cfg.target.size:
-        raise UserError("gan.crop=[]: source.size and target.size differ; set a crop that fits into both")
-    if view > min(size) or 2 * 2**c.downsamples > min(size):
-        raise UserError(f"gan.d_layers, gan.d_scales, gan.downsamples: too deep for {size}; lower them")
-    if not c.steps:
+    """Raises UserError for sizes that do not fit, and for no steps at all."""
+    check_sizes(cfg)
+    if not cfg.gan.steps:
         raise UserError("gan.steps=0: the generator would know nothing; raise it")
 
 
