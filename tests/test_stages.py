@@ -210,8 +210,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(stage, pipeline, monkeypatch
 
 def test_signals_end_after_the_step_and_lose_nothing(stage, pipeline, tmp_path):
     """SIGTERM is a batch system's, for the reading processes as well; SIGHUP a closed terminal's."""
-    code = ("import os, signal, sys, runtime, train_selfens as t\nstep, calls = t.selfens_step, []\n"
-            "def stepping(*args):\n    calls.append(1)\n"
+    code = ("import os, signal, sys; signal.signal(1, signal.SIG_DFL)\nimport runtime, train_selfens as t\n"
+            "step, calls = t.selfens_step, []\ndef stepping(*args):\n    calls.append(1)\n"
             "    if len(calls) == 3: os.killpg(0, int(os.environ['SEND']))\n    return step(*args)\n"
             "t.selfens_step = stepping\nsys.argv[0] = 't'\nruntime.run_main(t.main)")  # fmt: skip
     processes = {}
