@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from runtime import (
-    Run, UserError, all_reduce, atomic_write, autocast, command_line, get_device, get_precision, make_sheet,
+    Run, UserError, all_reduce, atomic_write, autocast, command_line, get_device, get_precision,
     random_generator, rank, read_json, refuse_changes, run_main, stage_config, to_uint8, weights_digest,
     world, write_json,
 )  # fmt: skip
@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import SUFFIXES, Augmented, Scenes, photometric_jitter, planned_files, read_image, resized
-from datasets import to_float
+from datasets import make_sheet, to_float
 from losses import IGNORE, correlation, style_statistics
 from models import build_fseg, build_generator, load_net
 

@@ -18,12 +18,12 @@ import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from runtime import UserError, atomic_write, command_line, make_sheet, run_main
+from runtime import UserError, atomic_write, command_line, run_main
 
 # isort: split
 import numpy as np
 
-from datasets import SUFFIXES, Scenes, class_list, colourise, has_labels
+from datasets import SUFFIXES, Scenes, class_list, colourise, has_labels, make_sheet
 from losses import IGNORE
 from pairs import open_image, read_image
 
@@ -180,8 +180,7 @@ def main() -> None:
     for role, checked in splits.items():
         print_unused(cfg, role, checked)
     print_shares(classes, {role: train.counts + val.counts for role, (train, val) in splits.items()})
-    rows = [s + t for s, t in zip(overlays(splits["source"]), overlays(splits["target"]), strict=False)]
-    if rows:
+    if rows := [s + t for s, t in zip(overlays(splits["source"]), overlays(splits["target"]), strict=False)]:
         columns = [f"{role}: {word}" for role in splits for word in ("image", "label over it")]
         path = Path(cfg.output, cfg.name, "check", "sheet.png")
         atomic_write(path, lambda file: make_sheet(columns, rows).save(file, "PNG"))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -148,8 +148,7 @@ class Augmented(Scenes):
             state = load_checkpoint(path, "it made the images; put it back", ("G",))
             refuse_changes(identity, {"generator": weights_digest(state["G"])}, self.folder)
         files = planned_files(self.folder, source, cfg.augment.styles_per_image)
-        missing = [file for file in files if not file.is_file()]
-        if missing:
+        if missing := [file for file in files if not file.is_file()]:
             raise UserError(f"{missing[0]}: repainted image missing ({len(missing)} of {len(files)}); {mend}")
         self.samples = [Sample(file.stem, str(file), None) for file in files]
         self.digest = f"{len(files)} samples of generator {identity['generator']}"
@@ -316,8 +315,27 @@ def to_float(x: Tensor, device) -> Tensor:
     return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
+def some_of(scenes: Scenes, count: int, device) -> Tensor:
+    """Images for a sheet, evenly over the scenes: (count, 3, h, w) in [-1, 1]."""
+    numbers = np.linspace(0, len(scenes) - 1, count).astype(int)
+    return to_float(torch.stack([scenes.image(i) for i in numbers]), device)
+
+
 def colourise(ids, classes: dict) -> np.ndarray:
     """(H, W) train ids -> (H, W, 3) uint8 in the class colours; IGNORE is black."""
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = list(classes.values())
     return palette[np.asarray(ids, np.uint8)]
+
+
+def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
+    """Rows of (h, w, 3) uint8 pictures under column captions, each fitted to the first one's size."""
+    h, w = rows[0][0].shape[:2]
+    w, h = max(w, 120), round(h * max(w, 120) / w)
+    sheet = Image.new("RGB", ((w + 4) * len(columns), (h + 4) * len(rows) + 16), "white")
+    for c, caption in enumerate(columns):
+        ImageDraw.Draw(sheet).text((c * (w + 4) + 2, 2), caption, "black")
+        for r, row in enumerate(rows):
+            picture = Image.fromarray(row[c]).resize((w, h), Image.NEAREST)
+            sheet.paste(picture, (c * (w + 4), r * (h + 4) + 16))
+    return sheet

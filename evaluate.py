@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from runtime import FREE_KEYS, UserError, atomic_write, autocast, command_line, environment, get_device
-from runtime import get_precision, make_sheet, nested, rank, read_json, run_main, write_json
+from runtime import get_precision, nested, rank, read_json, run_main, write_json
 
 # isort: split
 import numpy as np
@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions, read_image
-from datasets import resized, to_float
+from datasets import make_sheet, resized, to_float
 from losses import IGNORE, iou_from_confusion
 from models import build_segmenter, load_net, upsample
 
@@ -156,8 +156,7 @@ def save_png(path: Path, picture) -> None:
 
 def label_ids(scenes: Scenes) -> np.ndarray:
     """(C,) uint8: each train id's label id in the data set, the smallest where a class has several."""
-    table = np.full(1, -1) if scenes.table is None else scenes.table
-    ids = [next(iter(np.flatnonzero(table == k)), 256) for k in range(len(scenes.classes))]
+    ids = [next(iter(np.flatnonzero(scenes.table == k)), 256) for k in range(len(scenes.classes))]
     if max(ids) > 255:  # a class that the target's labels never have, or labels that are colours
         name = list(scenes.classes)[np.argmax(ids)]
         raise UserError(f"--export: target.ids has no label id of 8 bits for '{name}', which may be predicted"
@@ -302,8 +301,7 @@ def print_result(result: dict) -> None:
         print(f"{'mIoU*':<16}{percent(result['miou13']):>8}   over 13, without {', '.join(NOT_IN_13)}")
     for name, part in result["sequences"].items() if len(result["sequences"]) > 1 else ():
         print(f"{name:<16}{percent(part['miou']):>8}   mIoU of this sequence's {part['images']} images")
-    absent = [name for name, iou in result["per_class"].items() if iou is None]
-    if absent:
+    if absent := [name for name, iou in result["per_class"].items() if iou is None]:
         print(f"not in the mean, because in neither label nor prediction: {', '.join(absent)}")
     print(f"protocol: {result['protocol']}\n")
 
@@ -324,8 +322,7 @@ def compare(paths: list[str]) -> None:
     for name, x, y in [*rows, ("mIoU", a["miou"], b["miou"])]:
         difference = "" if None in (x, y) else f"{100 * (y - x):+.2f}"
         print(f"{name:<16}{percent(x):>8}{percent(y):>8}{difference:>8}")
-    differ = [name for name, x, y in rows if (x is None) != (y is None)]
-    if differ:
+    if differ := [name for name, x, y in rows if (x is None) != (y is None)]:
         print(f"the means are over different classes: only one of A and B has {', '.join(differ)}")
 
 
@@ -356,8 +353,7 @@ def collect(folders: list[str]) -> dict:
             checkpoint = folder / "selfens" / variant / "last.pt"
             if checkpoint.exists() and os.path.getmtime(checkpoint) > os.path.getmtime(path):
                 print(f"warning: {checkpoint} is newer than {path}; run evaluate.py again")
-    order = {variant: k for k, variant in enumerate(VARIANTS)}
-    return {k: rows[k] for k in sorted(rows, key=lambda k: (k[2], k[0], k[1], order.get(k[3], 9)))}
+    return {k: rows[k] for k in sorted(rows, key=lambda k: (k[2], k[0], k[1], [*VARIANTS, k[3]].index(k[3])))}
 
 
 def table(folders: list[str]) -> None:

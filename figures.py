@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from runtime import (
-    UserError, atomic_write, autocast, command_line, get_device, get_precision, make_sheet, read_json,
+    UserError, atomic_write, autocast, command_line, get_device, get_precision, read_json,
     run_main, schema, to_uint8,
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Scenes, classify, colourise, predictions, to_float
+from datasets import Scenes, classify, colourise, make_sheet, predictions, some_of
 from evaluate import percent, read_result
 from models import build_generator, build_segmenter, load_net, upsample
 
@@ -165,9 +165,8 @@ def page_results(run: Path) -> list[str]:
     for head, result in zip(heads, results, strict=True):
         shares |= {f"{result['split']} labels": np.sum(result["confusion"], 1)}
         shares |= {f"read by {head}": np.sum(result["confusion"], 0)}
-    iou = [["mIoU", *(percent(r["miou"]) for r in results)]]
-    for name in reversed(names):
-        iou.insert(0, [name, *(percent(r["per_class"][name]) for r in results)])
+    iou = [[name, *(percent(r["per_class"][name]) for r in results)] for name in names]
+    iou.append(["mIoU", *(percent(r["miou"]) for r in results)])
     of_class = [[n, *(f"{100 * v[k] / sum(v):.2f}" for v in shares.values())] for k, n in enumerate(names)]
     caption, protocol = "% of a class's pixels by what they are read as", html.escape(results[-1]["protocol"])
     return ["<h2>IoU, %</h2>", table(["class", *heads], iou), f"<p>{protocol}</p>",
@@ -239,8 +238,7 @@ def styles(cfg, count: int = 4) -> Image.Image:
     target, cast = Scenes(cfg, "target", "train", labels=False), autocast(device, get_precision(cfg, device))
     path = Path(cfg.output, cfg.name, "gan", "last.pt")
     G, _ = load_net(path, "G", build_generator, source.classes, device)
-    contents, guides = (to_float(torch.stack([scenes.image(i) for i in spread(len(scenes), count)]), device)
-                        for scenes in (source, target))  # fmt: skip
+    contents, guides = (some_of(scenes, count, device) for scenes in (source, target))
     rows = [[np.full((*source.size, 3), 255, np.uint8), *map(to_uint8, guides)]]
     for x_s in contents:
         with cast:

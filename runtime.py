@@ -1,4 +1,4 @@
-"""What the stages share: config, command line, device, seeds, processes, files, sheets, run folder.
+"""What the stages share: config, command line, device, seeds, processes, files, run folder.
 
 What a user can mend ends in a `UserError`: one line that names the key or file and the mend, exit status 2.
 """
@@ -34,7 +34,7 @@ if {"-h", "--help"} & {*sys.argv[1:]} and Path(sys.argv[0]).resolve().parent in 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
+from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 
@@ -244,7 +244,7 @@ def average_gradients(net: torch.nn.Module) -> None:
             g.copy_(part.view_as(g))
 
 
-# ------------------------------------------------------------------------------------------- files and sheets
+# ------------------------------------------------------------------------------------------------------ files
 def atomic_write(path: Path, write, keep: Path | None = None) -> None:
     """All or nothing: write(file) fills a temporary file, which then replaces `path`, kept as `keep`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -328,19 +328,6 @@ def environment(device: torch.device, precision: str) -> dict:
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """x: (3, H, W) float in [-1, 1] -> (H, W, 3) uint8, rounded."""
     return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
-def make_sheet(columns: list[str], rows: list[list[np.ndarray]]) -> Image.Image:
-    """Rows of (h, w, 3) uint8 pictures under column captions, each fitted to the first one's size."""
-    h, w = rows[0][0].shape[:2]
-    w, h = max(w, 120), round(h * max(w, 120) / w)
-    sheet = Image.new("RGB", ((w + 4) * len(columns), (h + 4) * len(rows) + 16), "white")
-    for c, caption in enumerate(columns):
-        ImageDraw.Draw(sheet).text((c * (w + 4) + 2, 2), caption, "black")
-        for r, row in enumerate(rows):
-            picture = Image.fromarray(row[c]).resize((w, h), Image.NEAREST)
-            sheet.paste(picture, (c * (w + 4), r * (h + 4) + 16))
-    return sheet
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -475,9 +462,17 @@ class Run:
             atomic_write(self.folder / f"sheets/{name}-{step:07d}.png", lambda file: image.save(file, "PNG"))
             self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
 
-    def save(self, step: int, **state) -> None:
-        """Writes last.pt, all or nothing, and keeps the one before. After a signal the process then ends."""
+    def load(self, parts: dict) -> None:
+        """Gives the parts, {name: network or optimiser}, what the checkpoint has of them, if there is one."""
+        for name, part in parts.items() if self.state else ():
+            load_weights(part, self.state.get(name), self.path)
+
+    def save(self, step: int, parts: dict, **more) -> None:
+        """Where due, writes last.pt, all or nothing, and keeps the one before. After a signal, ends."""
+        if not self.due("save", step):
+            return
         if rank() == 0:
+            state = {name: part.state_dict() for name, part in parts.items()} | more
             state |= {"step": step, "config": self.config, "data": self.data}
             atomic_write(self.path, lambda file: torch.save(state, file), self.previous)
         all_reduce(torch.zeros(1))  # the others go on, and may read it, when it is there

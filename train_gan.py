@@ -12,15 +12,15 @@ last checkpoint.
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet,
-    rank, run_main, seed_torch, to_uint8, write_json,
+    Run, UserError, autocast, average_gradients, command_line, rank, run_main, seed_torch, to_uint8,
+    write_json,
 )  # fmt: skip
 
 # isort: split
 import numpy as np
 import torch
 
-from datasets import Batches, Scenes, colourise, measure, to_float
+from datasets import Batches, Scenes, colourise, make_sheet, measure, some_of, to_float
 from losses import (
     class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr,
     style_statistics,
@@ -53,9 +53,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
             load_trunk(f_seg, cfg, "fseg")
         f_seg = f_seg.to(run.device, memory_format=torch.channels_last)
         optimiser = adamw(f_seg, c.lr, cfg.head_lr, cfg.weight_decay)
-        if run.state:
-            load_weights(f_seg, run.state.get("f_seg"), run.path)
-            load_weights(optimiser, run.state.get("optimiser"), run.path)
+        run.load(parts := {"f_seg": f_seg, "optimiser": optimiser})
         if cfg.compile:  # in place, so that the names in checkpoints stay
             f_seg.compile(dynamic=False)
         # Jitter makes f_seg judge content rather than colour: trained on the source as it is, it would reject
@@ -69,9 +67,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
             set_lr(optimiser, poly(step, c.steps))
             x_s, y_s = to_float(batch["x_s"], run.device), batch["y_s"].to(run.device).long()
             run.log(step, fseg_step(f_seg, optimiser, x_s, y_s, weight, cast))
-            if run.due("save", step):
-                states = {"f_seg": f_seg.state_dict(), "optimiser": optimiser.state_dict()}
-                run.save(step, **states, classes=list(classes))
+            run.save(step, parts, classes=list(classes))
         run.close()
     f_seg, _ = load_net(c.checkpoint or run.path, "f_seg", build_fseg, classes, run.device)
     report_fseg(cfg, f_seg, held_out, run)
@@ -91,8 +87,7 @@ def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
               "share": dict(zip(held_out.classes, share.tolist(), strict=True))}
     print(f"f_seg on {len(held_out)} held-out source images: mIoU {report['mIoU']:.1f}; "
           + ", ".join(f"{n} {v:.0f}" for n, v in per_class.items()))
-    blind = [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]
-    if blind:
+    if blind := [n for k, n in enumerate(held_out.classes) if share[k] >= 0.01 and iou[k] < 10]:
         print(f"warning: f_seg hardly reads {', '.join(blind)}; G may repaint that as anything")
     if rank() == 0:
         write_json(run.folder / "held_out.json", report)
@@ -160,21 +155,17 @@ def gan_step(nets, x_s, x_t, y_s, c, cast) -> dict:
 
 
 def build_nets(cfg, f_seg, run: Run) -> SimpleNamespace:
-    """G, D and their optimisers, new or as the checkpoint has them, and f_seg."""
+    """New G and D, their optimisers, and f_seg."""
     c = cfg.gan
     seed_torch(cfg.seed, "gan", "init")
     nets = SimpleNamespace(f_seg=f_seg, G=build_generator(cfg), D=build_discriminator(cfg))
-    for net in (nets.G, nets.D):
+    for net, opt, lr in ((nets.G, "opt_g", c.lr_g), (nets.D, "opt_d", c.lr_d)):
         net.to(run.device, memory_format=torch.channels_last)
-    for net, opt, lr in (("G", "opt_g", c.lr_g), ("D", "opt_d", c.lr_d)):
-        groups = [{"params": getattr(nets, net).parameters(), "base_lr": lr}]
+        groups = [{"params": net.parameters(), "base_lr": lr}]
         optimiser = torch.optim.Adam(groups, lr, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
         setattr(nets, opt, optimiser)
-        if run.state:
-            load_weights(getattr(nets, net), run.state.get(net), run.path)
-            load_weights(optimiser, run.state.get(opt), run.path)
         if cfg.compile:
-            getattr(nets, net).compile(dynamic=False)
+            net.compile(dynamic=False)
     return nets
 
 
@@ -185,12 +176,8 @@ def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> fl
     Style is six numbers: mean and deviation of each colour channel. For each of 4 contents and each number,
     the Pearson correlation over 8 guides between the guide's and the repainted image's, then the mean.
     """
-    def some(scenes, count):
-        images = [scenes.image(i) for i in np.linspace(0, len(scenes) - 1, count).astype(int)]
-        return to_float(torch.stack(images), run.device)
-
-    cast, contents, guides = autocast(run.device, run.precision), some(source, 6), some(target, 8)
-    rows, follows = [], []
+    contents, guides = some_of(source, 6, run.device), some_of(target, 8, run.device)
+    cast, rows, follows = autocast(run.device, run.precision), [], []
     for x_s, x_t in zip(contents, guides, strict=False):  # two guides are left over
         with cast:
             x_g = nets.G(x_s[None], x_t[None])
@@ -242,6 +229,7 @@ def main() -> None:
     if not c.steps:
         return print("gan.steps=0: only f_seg was trained; augment.py needs a generator")
     nets = build_nets(cfg, f_seg, run)
+    run.load(parts := {name: getattr(nets, name) for name in ("G", "D", "opt_g", "opt_d")})
     cast = autocast(run.device, run.precision)
     batches = Batches(cfg, "gan", {"source": source, "target": target})
     sizes = [f"{n} {sum(p.numel() for p in getattr(nets, n).parameters()):,}" for n in ("G", "D", "f_seg")]
@@ -265,9 +253,7 @@ def main() -> None:
             terms["style_corr"] = write_sheet(run, step, nets, source, target)
             run.warn(step, symptoms(run.logged, terms["style_corr"]))
         run.log(step, terms)
-        if run.due("save", step):
-            states = {name: getattr(nets, name).state_dict() for name in ("G", "D", "opt_g", "opt_d")}
-            run.save(step, **states, classes=list(source.classes))
+        run.save(step, parts, classes=list(source.classes))
     run.close()
     print(f"gan: {run.folder} is finished; next: python augment.py {args.items}")
 

@@ -26,15 +26,14 @@ import shlex
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, all_reduce, autocast, average_gradients, command_line, load_weights, make_sheet,
-    run_main, seed_torch, to_uint8,
+    Run, UserError, all_reduce, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
 import numpy as np
 import torch
 
-from datasets import Augmented, Batches, Scenes, colourise, has_labels, measure, to_float
+from datasets import Augmented, Batches, Scenes, colourise, has_labels, make_sheet, measure, to_float
 from losses import (
     class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
 )  # fmt: skip
@@ -87,7 +86,7 @@ def selfens_step(nets, batch: dict, c, delta_con: float, alpha: float, cast) -> 
 
 
 def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
-    """Student, teacher and optimiser, new or as the checkpoint has them, and the weight of each class."""
+    """A new student, its teacher and optimiser, and the weight of each class."""
     c = cfg.selfens
     seed_torch(cfg.seed, "selfens", "init")
     student = build_segmenter(cfg, len(labelled.classes))
@@ -98,9 +97,6 @@ def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
     optimiser = adamw(student, c.lr, cfg.head_lr, cfg.weight_decay)
     weight = class_weights(labelled.pixels, cfg.balance).to(run.device) if cfg.balance else None
     nets = SimpleNamespace(student=student, teacher=teacher, optimiser=optimiser, weight=weight)
-    if run.state:
-        for name in ("student", "teacher", "optimiser"):
-            load_weights(getattr(nets, name), run.state.get(name), run.path)
     for net in (student, teacher):
         net.train()  # dropout is one of the perturbations, of both
         if cfg.compile:  # in place, so that the names in checkpoints stay
@@ -152,8 +148,7 @@ def read_val(run: Run, teacher, val: Scenes) -> tuple[torch.Tensor, torch.Tensor
 def symptoms(read, labelled: Scenes, differ: float) -> list[str]:
     """What is wrong with the teacher, each with its mend. read: of `read_val`; differ: of `write_sheet`."""
     share, found = labelled.pixels.sum(0) / labelled.pixels.sum(), []
-    lost = [name for k, name in enumerate(labelled.classes) if share[k] >= 0.01 and not read[k]]
-    if lost:
+    if lost := [name for k, name in enumerate(labelled.classes) if share[k] >= 0.01 and not read[k]]:
         found.append(f"the teacher reads nothing in val as {', '.join(lost)}; raise balance")
     if differ > 0.3:
         found.append(f"student and teacher differ in {100 * differ:.0f} % of the pixels; lower selfens.lr")
@@ -188,6 +183,7 @@ def main() -> None:
     if run.finished():
         return
     nets, cast = build_nets(cfg, domains["source"], run), autocast(run.device, run.precision)
+    run.load(parts := {name: getattr(nets, name) for name in ("student", "teacher", "optimiser")})
     batches = Batches(cfg, "selfens", domains, rare=cfg.rare)
     counts = ", ".join(f"{len(scenes)} {name}" for name, scenes in domains.items())
     print(f"selfens: {counts} images, {c.steps} steps of "
@@ -211,10 +207,8 @@ def main() -> None:
             if confusion.any():
                 terms["val_mIoU"] = 100 * np.nanmean(iou_from_confusion(confusion))
         run.log(step, terms)
-        if run.due("save", step):
-            states = {name: getattr(nets, name).state_dict() for name in ("student", "teacher", "optimiser")}
-            names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
-            run.save(step, **states, **names)
+        names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
+        run.save(step, parts, **names)
     run.close()
     how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")

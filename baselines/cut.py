@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks here alone
 from runtime import (  # noqa: E402
-    Run, autocast, average_gradients, command_line, make_sheet, run_main, seed_torch, to_uint8,
+    Run, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
@@ -36,9 +36,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from baselines.cyclegan import (  # noqa: E402
-    Translator, build_translator, check, prepare, some, update_d, write_images,
+    Translator, build_translator, check, prepare, update_d, write_images,
 )  # fmt: skip
-from datasets import Batches, Scenes, to_float  # noqa: E402
+from datasets import Batches, Scenes, make_sheet, some_of, to_float  # noqa: E402
 from losses import linear, lsgan_g, set_lr, wide  # noqa: E402
 from models import build_discriminator, pad_to_multiple  # noqa: E402
 
@@ -142,7 +142,7 @@ def cut_step(nets, x, y, lambda_nce: float, fast: bool, cast) -> dict:
 def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> None:
     """Sheet of fixed source images translated, and of target images, which should stay what they are."""
     rows = []
-    for x, y in zip(*(some(scenes, 6, run.device) for scenes in (source, target)), strict=True):
+    for x, y in zip(*(some_of(scenes, 6, run.device).split(1) for scenes in (source, target)), strict=True):
         with autocast(run.device, run.precision):
             rows.append([to_uint8(image[0]) for image in (x, nets.G(x), y, nets.G(y))])
     columns = ["source x", "translated G(x)", "target y", "identity G(y)"]
@@ -181,9 +181,7 @@ def main() -> None:
             run.log(step, cut_step(nets, x, y, lambda_nce, args.fast, cast))
             if run.due("sheet", step):
                 write_sheet(run, step, nets, source, target)
-            if run.due("save", step):
-                states = {name: net.state_dict() for name, net in vars(nets).items()}
-                run.save(step, **states, classes=list(source.classes))
+            run.save(step, vars(nets), classes=list(source.classes))
         run.close()
     write_images(run, nets.G, source, args.items)
 

@@ -27,18 +27,17 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks here alone
 from runtime import (  # noqa: E402
-    Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, load_weights,
-    make_sheet, rank, run_main, seed_torch, to_uint8, world,
+    Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, rank, run_main,
+    seed_torch, to_uint8, world,
 )  # fmt: skip
 
 # isort: split
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from datasets import Batches, Scenes, to_float  # noqa: E402
+from datasets import Batches, Scenes, make_sheet, some_of, to_float  # noqa: E402
 from losses import linear, lsgan_d, lsgan_g, set_lr, wide  # noqa: E402
 from models import (  # noqa: E402
     InstanceNorm, ResBlock, build_discriminator, check_sizes, pad_to_multiple, reflected,
@@ -93,18 +92,15 @@ def prepare(cfg, run: Run, nets: dict, optimisers: dict) -> SimpleNamespace:
 
     nets: {name: network}; optimisers: {name: (base learning rate, the names of its networks)}.
     """
-    for name, net in nets.items():
+    for net in nets.values():
         net.to(run.device, memory_format=torch.channels_last)
-        if run.state:
-            load_weights(net, run.state.get(name), run.path)
         if cfg.compile:  # in place, so that the names in checkpoints stay
             net.compile(dynamic=False)
     made = {}
     for name, (lr, names) in optimisers.items():
         groups = [{"params": [p for n in names for p in nets[n].parameters()], "base_lr": lr}]
         made[name] = torch.optim.Adam(groups, lr, (0.5, 0.999), weight_decay=cfg.gan.weight_decay, fused=True)
-        if run.state:
-            load_weights(made[name], run.state.get(name), run.path)
+    run.load(nets | made)
     sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in nets.items()]
     print(f"{run.folder.name}: parameters: {', '.join(sizes)}")
     return SimpleNamespace(**nets, **made)
@@ -129,12 +125,6 @@ def update_d(games: list[tuple], opt_d, cast) -> Tensor:
     return L_D.detach()
 
 
-def some(scenes: Scenes, count: int, device) -> list[Tensor]:
-    """Fixed images for a sheet, (1, 3, h, w) in [-1, 1] each."""
-    return [to_float(scenes.image(i)[None], device)
-            for i in np.linspace(0, len(scenes) - 1, count).astype(int)]
-
-
 def write_images(run: Run, G, source: Scenes, items: str) -> None:
     """G(x) of every source image, whole, to images/NAME.png, where it is missing; prints what comes next."""
     folder, method, size = run.folder / "images", run.folder.name, run.cfg.inference_batch
@@ -148,8 +138,7 @@ def write_images(run: Run, G, source: Scenes, items: str) -> None:
         with torch.inference_mode(), autocast(run.device, run.precision):
             y = G(x)
         for k, image in zip(batch, map(to_uint8, y), strict=True):
-            if not files[k].exists():
-                atomic_write(files[k], lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
+            atomic_write(files[k], lambda file, image=image: Image.fromarray(image).save(file, "PNG"))
     all_reduce(torch.zeros(1))
     print(f"{method}: {len(files)} images in {folder}; next: python augment.py {items} "
           f"name={run.cfg.name}-{method} augment.method=folder augment.folder={shlex.quote(str(folder))} "
@@ -199,7 +188,7 @@ def cyclegan_step(nets, x, y, lambda_cycle: float, lambda_identity: float, cast)
 def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> None:
     """Sheet of fixed images of both domains, what they become, and what comes back."""
     rows = []
-    for x, y in zip(*(some(scenes, 6, run.device) for scenes in (source, target)), strict=True):
+    for x, y in zip(*(some_of(scenes, 6, run.device).split(1) for scenes in (source, target)), strict=True):
         with autocast(run.device, run.precision):
             y_g, x_g = nets.G(x), nets.F(y)
             row = [x, y_g, nets.F(y_g), y, x_g, nets.G(x_g)]
@@ -235,9 +224,7 @@ def main() -> None:
             run.log(step, terms)
             if run.due("sheet", step):
                 write_sheet(run, step, nets, source, target)
-            if run.due("save", step):
-                states = {name: net.state_dict() for name, net in vars(nets).items()}
-                run.save(step, **states, classes=list(source.classes))
+            run.save(step, vars(nets), classes=list(source.classes))
         run.close()
     write_images(run, nets.G, source, args.items)
 

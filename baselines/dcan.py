@@ -2,6 +2,7 @@
 
     python baselines/dcan.py cfg.yaml
     python baselines/dcan.py cfg.yaml --se                     with self-ensembling; the translator is shared
+    python baselines/dcan.py cfg.yaml --lambda-style 2         of the translator, 1 by default
     python baselines/dcan.py cfg.yaml --restart                begin anew; the old folder is kept aside
 
 Writes OUTPUT/NAME/baselines/dcan/: translator/; images/, each source image translated, which
@@ -29,7 +30,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from runtime import (  # noqa: E402
-    Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, make_sheet,
+    Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line,
     random_generator, rank, run_main, seed_torch, to_uint8, world,
 )  # fmt: skip
 
@@ -40,8 +41,8 @@ from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from baselines.mcd import build_pair, load_states, self_ensembling, update_teacher, write_sheet  # noqa: E402
-from datasets import Batches, Scenes, has_labels, to_float  # noqa: E402
+from baselines.mcd import build_pair, self_ensembling, update_teacher, write_sheet  # noqa: E402
+from datasets import Batches, Scenes, has_labels, make_sheet, some_of, to_float  # noqa: E402
 from losses import cross_entropy, linear, poly, set_lr, sigmoid_ramp_up, wide  # noqa: E402
 from models import (  # noqa: E402
     VGG16, EfficientNetLite, adain, adamw, load_trunk, pad_to_multiple, reflected, upsample,
@@ -125,8 +126,7 @@ def translator_step(nets, x_s: Tensor, x_t: Tensor, warm_up: bool, cast) -> dict
 @torch.inference_mode()
 def translator_sheet(run: Run, step: int, T, source: Scenes, target: Scenes) -> None:
     """Sheet of source images, translated, and guides."""
-    x_s, x_t = (to_float(torch.stack([some.image(i * (len(some) - 1) // 5) for i in range(6)]), run.device)
-                for some in (source, target))
+    x_s, x_t = (some_of(scenes, 6, run.device) for scenes in (source, target))
     with autocast(run.device, run.precision):
         x_g = T(x_s, x_t)
     rows = [[*map(to_uint8, images)] for images in zip(x_s, x_g, x_t, strict=True)]
@@ -146,7 +146,7 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
     optimiser = torch.optim.Adam(T.parameters(), c.lr_g, weight_decay=c.weight_decay, fused=True)
     optimiser.param_groups[0]["base_lr"] = c.lr_g
     nets = SimpleNamespace(T=T, phi=phi, opt=optimiser, lambda_style=lambda_style)
-    load_states(run, nets, ("T", "opt"))
+    run.load(parts := {"T": T, "opt": optimiser})
     if run.finished():
         return T
     batches = Batches(cfg, "gan", {"source": source, "target": target})
@@ -159,8 +159,7 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
         run.log(step, translator_step(nets, x_s, x_t, warm_up, cast))
         if run.due("sheet", step):
             translator_sheet(run, step, T, source, target)
-        if run.due("save", step):
-            run.save(step, T=T.state_dict(), opt=optimiser.state_dict(), classes=list(source.classes))
+        run.save(step, parts, classes=list(source.classes))
     run.close()
     return T
 
@@ -211,8 +210,8 @@ def main() -> None:
     switch, number = {"action": "store_true"}, {"type": float, "default": 1.0}
     cfg, args = command_line(("--restart", switch), ("--se", switch), ("--lambda-style", number))
     c, variant = cfg.selfens, "dcan_se" if args.se else "dcan"
-    if not c.steps or not cfg.gan.steps:
-        raise UserError("selfens.steps, gan.steps: 0 would train nothing; raise it")
+    if not c.steps or cfg.gan.steps <= cfg.gan.warmup_steps:
+        raise UserError("selfens.steps=0, or gan.steps not above gan.warmup_steps, trains nothing; raise it")
     source, target = Scenes(cfg, "source", "train", labels=True), Scenes(cfg, "target", "train", labels=False)
     val = Scenes(cfg, "target", "val", labels=has_labels(cfg, "target", "val"))  # for the sheets
     data = {"source train": source.digest, "target train": target.digest, "--lambda-style": args.lambda_style}
@@ -224,7 +223,7 @@ def main() -> None:
     translated = translate(cfg, run, T, source, target)
     nets, cast = build_pair(cfg, "selfens", translated, run), autocast(run.device, run.precision)
     nets.optimiser = adamw(nets.student, c.lr, cfg.head_lr, cfg.weight_decay)
-    load_states(run, nets, states := ("student", "teacher", "optimiser"))
+    run.load(parts := {name: getattr(nets, name) for name in ("student", "teacher", "optimiser")})
     batches = Batches(cfg, "selfens", {"source": translated, "target": target}, rare=cfg.rare)
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
@@ -237,9 +236,7 @@ def main() -> None:
         run.log(step, terms | {"lr": nets.optimiser.param_groups[0]["lr"]})
         if run.due("sheet", step):
             write_sheet(run, step, nets, val)
-        if run.due("save", step):
-            state = {name: getattr(nets, name).state_dict() for name in states}
-            run.save(step, **state, classes=list(val.classes), variant=variant)
+        run.save(step, parts, classes=list(val.classes), variant=variant)
     run.close()
     how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"{variant}: {run.folder} is finished; next: python evaluate.py {args.items} "

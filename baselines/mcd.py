@@ -1,7 +1,7 @@
 """MCD, maximum classifier discrepancy (Saito, Watanabe, Ushiku, Harada, CVPR 2018, arXiv 1712.02560).
 
     python baselines/mcd.py cfg.yaml
-    python baselines/mcd.py cfg.yaml --se                      with self-ensembling
+    python baselines/mcd.py cfg.yaml --se --k 4                with self-ensembling; k of step C, 4 by default
     python baselines/mcd.py cfg.yaml --restart                 begin anew; the old folder is kept aside
 
 Reads the labelled source and the unlabelled target; writes OUTPUT/NAME/baselines/mcd/ (mcd_se): last.pt with
@@ -28,15 +28,14 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from runtime import (  # noqa: E402
-    Run, UserError, autocast, average_gradients, command_line, load_weights, make_sheet, run_main,
-    seed_torch, to_uint8,
+    Run, UserError, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
 )  # fmt: skip
 
 # isort: split
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from datasets import Batches, Scenes, colourise, has_labels, to_float  # noqa: E402
+from datasets import Batches, Scenes, colourise, has_labels, make_sheet, to_float  # noqa: E402
 from losses import (  # noqa: E402
     class_weights, consistency, cross_entropy, poly, set_lr, sigmoid_ramp_up, wide,
 )  # fmt: skip
@@ -155,13 +154,8 @@ def build_pair(cfg, key: str, source: Scenes, run: Run) -> SimpleNamespace:
     return SimpleNamespace(student=student, teacher=teacher, weight=weight)
 
 
-def load_states(run: Run, nets, names: tuple) -> None:
-    for name in names if run.state else ():
-        load_weights(getattr(nets, name), run.state.get(name), run.path)
-
-
 def build_nets(cfg, source: Scenes, run: Run) -> SimpleNamespace:
-    """What `mcd_step` trains, new or as the checkpoint has it, and the weight of each class."""
+    """What `mcd_step` trains, new, and the weight of each class."""
     c, nets = cfg.selfens, build_pair(cfg, "mcd", source, run)
     seed_torch(cfg.seed, "mcd", "second head", "init")
     other = build_segmenter(cfg, len(source.classes)).train()
@@ -170,7 +164,6 @@ def build_nets(cfg, source: Scenes, run: Run) -> SimpleNamespace:
     # G alone must not be taken for a head, whose learning rate is another
     nets.opt_g = adamw(nn.ModuleDict({"trunk": nets.G}), c.lr, cfg.head_lr, cfg.weight_decay)
     nets.opt_f = adamw(nets.F, c.lr, cfg.head_lr, cfg.weight_decay)
-    load_states(run, nets, ("student", "teacher", "F2", "opt_g", "opt_f"))
     return nets
 
 
@@ -188,6 +181,7 @@ def main() -> None:
     if run.finished():
         return
     nets, cast = build_nets(cfg, source, run), autocast(run.device, run.precision)
+    run.load(parts := {name: getattr(nets, name) for name in ("student", "teacher", "F2", "opt_g", "opt_f")})
     batches = Batches(cfg, "selfens", {"source": source, "target": target}, rare=cfg.rare)
     print(f"{variant}: {len(source)} source and {len(target)} target images, {c.steps} steps of {c.batch} "
           f"per domain, k = {args.k}")
@@ -205,10 +199,7 @@ def main() -> None:
         run.log(step, terms | {"lr": nets.opt_g.param_groups[0]["lr"]})
         if run.due("sheet", step):
             write_sheet(run, step, nets, val)
-        if run.due("save", step):
-            names = ("student", "teacher", "F2", "opt_g", "opt_f")
-            states = {name: getattr(nets, name).state_dict() for name in names}
-            run.save(step, **states, classes=list(val.classes), variant=variant)
+        run.save(step, parts, classes=list(val.classes), variant=variant)
     run.close()
     how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"{variant}: {run.folder} is finished; next: python evaluate.py {args.items} "

@@ -175,7 +175,7 @@ def munit_step(clone: str):
 def translator(cfg, name: str, cast):
     """(a step, a function that translates a batch of images of the training's size, the networks)."""
     cpu, c = torch.device("cpu"), cfg.gan
-    run = SimpleNamespace(device=cpu, state=None, folder=Path(name))
+    run = SimpleNamespace(device=cpu, load=lambda parts: None, folder=Path(name))
     x, y = (images(c.batch, c.crop or cfg.source.size, cpu) for _ in range(2))
     whole, guides = images(cfg.inference_batch, cfg.source.size, cpu), images(1, cfg.target.size, cpu)
     if name == "TGCF-DA":

@@ -25,7 +25,7 @@ def networks(names: list[str]):
     makers = {"D": build_discriminator, "H": lambda _: Heads([3, 8, 16, 16, 16])}
     nets = {name: prepared(makers.get(name[0], build_translator)(config())) for name in names}
     teams = {"opt_g": (1e-3, names[:2]), "opt_d": (1e-3, names[2:])}
-    run = SimpleNamespace(device="cpu", state=None, folder=HERE)
+    run = SimpleNamespace(device="cpu", load=lambda parts: None, folder=HERE)
     return [prepare(config(), run, some, teams) for some in (nets, copy.deepcopy(nets))]
 
 
