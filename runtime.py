@@ -92,7 +92,8 @@ def parse(key: str, value, where):
         with contextlib.suppress(ValueError):  # YAML reads 1e-4, without a dot, as text
             value = float(value)
     if not fits(value, default, rule):
-        kind = f"{type(default).__name__} ({rule or '0 or more'})"
+        rule = rule or "0 or more" * (type(default) in (int, float))
+        kind = type(default).__name__ + f" ({rule})" * bool(rule)
         near = [f"; did you mean {n}?" for n in difflib.get_close_matches(str(value), rule.split(" | "), 1)]
         raise UserError(f"{where}: '{key}' must be of type {kind}, not {value!r}{''.join(near)}")
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -113,7 +114,8 @@ def load_config(path, overrides=()) -> SimpleNamespace:
         flat[key] = parse(key, text, "command line")
     if not re.fullmatch(r"[\w-][\w.-]*", flat["name"]):
         raise UserError(f"'name' is made of letters, digits, '.', '_' and '-', not {flat['name']!r}")
-    for key, size in [(k, s) for k in flat if k.endswith(".crop") for s in ("source.size", "target.size")]:
+    crops = [(k, s) for k in ("gan.crop", "selfens.crop") for s in ("source.size", "target.size")]
+    for key, size in [("fseg.crop", "source.size"), *crops]:
         if any(c > s for c, s in zip(flat[key], flat[size], strict=False)):
             raise UserError(f"'{key}' {flat[key]} is larger than '{size}' {flat[size]}; lower it")
     return nested(flat)
@@ -463,7 +465,7 @@ class Run:
             self.events.add_image(f"{self.stage}/{name}", np.asarray(image), step, dataformats="HWC")
 
     def load(self, parts: dict) -> None:
-        """Gives the parts, {name: network or optimiser}, what the checkpoint has of them, if there is one."""
+        """The parts, {name: network or optimiser}, get what the checkpoint, if any, has of them."""
         for name, part in parts.items() if self.state else ():
             load_weights(part, self.state.get(name), self.path)
 
