@@ -23,6 +23,7 @@ then to each label's, or image's, own size. In Python:
 
 import json
 import os
+import re
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,8 +69,9 @@ class Segmenter:
         self.net, self.state = load_net(path, model, build_segmenter, None, self.device)
         self.classes, self.size = self.state["classes"], self.state["config"]["target.size"]
         colours = self.state.get("colours") or [*class_list(nested(self.state["config"]))[1].values()]
-        if np.shape(colours) != (len(self.classes), 3):
-            raise UserError(f"{path}: no colour for each class in it; use one that train_selfens.py wrote")
+        variant = str(self.state.get("variant"))  # becomes part of a file's name
+        if np.shape(colours) != (len(self.classes), 3) or not variant.isidentifier():
+            raise UserError(f"{path}: no variant or colours in it; use one that train_selfens.py wrote")
         self.palette = dict(zip(self.classes, colours, strict=True))
 
     def logits(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -208,7 +210,9 @@ def evaluate(cfg, args, net: Segmenter) -> None:
         print(f"written: {len(scenes)} label-id PNGs below {folder}")
     if labels and rank() == 0:
         result, variant = summarise(cfg, args, scenes, net, confusions.numpy(), sizes), net.state["variant"]
-        out = Path(cfg.output, cfg.name, "eval", f"{variant}_{args.model}_{args.split}.json")
+        own = net.state["config"].get("name") == cfg.name  # or it would replace this run's
+        name = f"{'' if own else 'checkpoint_'}{variant}_{args.model}_{args.split}.json"
+        out = Path(cfg.output, cfg.name, "eval", name)
         write_json(out, result)
         save_png(out.with_suffix(".png"), examples(net, scenes, f"{variant} {args.model}"))
         print_result(result)
@@ -329,27 +333,29 @@ def compare(paths: list[str]) -> None:
 def collect(folders: list[str]) -> dict:
     """{(split, model, run without its seed, variant): [result]} of run folders, each counted once.
 
-    Raises UserError where results of one key differ in step or in config, but for the seed.
+    Raises UserError where results of one key have one seed, or differ in step or in config but for the seed.
     """
-    rows, alike = {}, {}
+    rows, alike, free = {}, {}, {"seed", *FREE_KEYS} - {"precision"}
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         paths = sorted(p for p in folder.glob("eval/*.json") if not p.name.startswith("augmented"))
         if not paths:
             raise UserError(f"{folder}: no eval/*.json in it; run evaluate.py with its config first")
         for path in paths:
             result = read_result(path)
-            config, variant = result["config"], result["variant"]
+            config, variant = result["config"] | {"step": result["step"]}, result["variant"]
             seed = f"-{config.get('seed')}"
             key = (result["split"], result["model"], str(config.get("name")).removesuffix(seed), variant)
             # Paths may differ, too, if only in the seed, and keys of stages that the variant does not use.
             unread = ("gan.", "fseg.", "augment.") if variant in NO_IMAGES else ()
-            same = {k: v.replace(seed, "-SEED") if isinstance(v, str) else v for k, v in config.items()
-                    if k not in ("seed", *FREE_KEYS) and not k.startswith(unread)} | {"step": result["step"]}
-            for k, v in alike.setdefault(key, same).items():
-                if same.get(k, v) != v:  # a key may have come, or gone, between two runs
-                    raise UserError(f"{path}: {k} is {same.get(k)!r}, but {v!r} in another run of that name; "
-                                    "tabulate runs that differ in the seed alone")
-            rows.setdefault(key, []).append(result)
+            then, old = alike.setdefault(key, (config, seed))
+            for k in sorted({*then} & {*config} - free):  # keys come and go
+                changed = then[k] not in (config[k], re.sub(rf"{seed}\b", old, str(config[k])))
+                if changed and not k.startswith(unread):
+                    raise UserError(f"{path}: {k} is {config[k]!r}, but {then[k]!r} in another run of that "
+                                    "name; give runs that differ in the seed alone")
+            if any(r["config"].get("seed") == config.get("seed") for r in rows.setdefault(key, [])):
+                raise UserError(f"{path}: another run of that name has the same seed; give one of them")
+            rows[key].append(result)
             checkpoint = folder / "selfens" / variant / "last.pt"
             if checkpoint.exists() and os.path.getmtime(checkpoint) > os.path.getmtime(path):
                 print(f"warning: {checkpoint} is newer than {path}; run evaluate.py again")
