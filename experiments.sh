@@ -10,7 +10,7 @@
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     dcan_images                   the images of the row dcan without its aligned features
-#     KEY=VALUE                     an ablation: gan.* and fseg.* train another GAN, others use the main row's images
+#     KEY=VALUE                     an ablation: of gan, fseg, augment it makes images anew; others use the main row's
 #     judge                         labels and styles kept by the images of the rows above, by an f_seg of seed 100
 # and     bash experiments.sh table PAIR      the table of all that has run
 # Real data below data/ (README, "Published data sets"). On a CPU, OMP_NUM_THREADS=1 and two rows at a time get

@@ -88,6 +88,8 @@ def over(key: str, runs: list[Path]):
     for result in (read_result(path) for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))):
         rows = results.setdefault((result["variant"], result["split"]), {})
         rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
+    if not results:
+        raise UserError(f"{runs[0]}: no eval/*_teacher_*.json in it; run evaluate.py first")
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (variant, split), rows in results.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))
