@@ -315,7 +315,7 @@ def read_result(path) -> dict:
 
 
 def compare(paths: list[str]) -> None:
-    """Prints two results and their difference. Raises UserError where they do not measure the same."""
+    """Prints two results and their difference. Raises UserError for other classes or another split."""
     a, b = map(read_result, paths)
     for key in ("classes", "split"):
         if a[key] != b[key]:
