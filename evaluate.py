@@ -3,7 +3,7 @@
     python evaluate.py --split val                                 the teacher of selfens.variant
     python evaluate.py CFG selfens.variant=source_only --model student
     python evaluate.py CFG --split val+test                        both together, and each sequence of them
-    python evaluate.py CFG --checkpoint FILE                       a network that lies elsewhere
+    python evaluate.py CFG --checkpoint FILE                       another run's, to eval/checkpoint_...
     python evaluate.py --split val --export DIR                    and label-id PNGs, as servers take them
     python evaluate.py --split test --export DIR                   the same without labels, which servers keep
     python evaluate.py --images PATH --out DIR                     predict a photo, a folder of them, a video

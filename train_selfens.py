@@ -207,8 +207,7 @@ def main() -> None:
             if confusion.any():
                 terms["val_mIoU"] = 100 * np.nanmean(iou_from_confusion(confusion))
         run.log(step, terms)
-        names = {"classes": [*val.classes], "colours": [*val.classes.values()], "variant": c.variant}
-        run.save(step, parts, **names)
+        run.save(step, parts, classes=[*val.classes], colours=[*val.classes.values()], variant=c.variant)
     run.close()
     how = "--split val" if val.samples[0].label else f"--images {shlex.quote(cfg.target.root)} --out seen"
     print(f"selfens: {run.folder} is finished; next: python evaluate.py {args.items} {how}")
