@@ -4,7 +4,7 @@
 # ROW is one of
 #     main                          the five variants
 #     long                          three times the steps; Source Only then sees as many images as TGCF-DA + SE did
-#     vgg16                         the five variants with the paper's own trunk, as long
+#     vgg16                         the five variants with the paper's own trunk, on the main row's images
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
 #     more                          as many steps again, from the seed's Source Only student
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
@@ -54,10 +54,9 @@ case $ROW in
   long)
     paint name=${PAIR}_long-$SEED $IMAGES
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
-  vgg16)                              # where torchvision cannot download it: fseg.pretrained=FILE selfens.pretrained=FILE
-    VGG="name=${PAIR}_vgg16-$SEED fseg.trunk=vgg16 selfens.trunk=vgg16 selfens.steps=$LONG"
-    paint $VGG
-    learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" $VGG ;;
+  vgg16)                              # where torchvision cannot download it: selfens.pretrained=FILE
+    paint name=${PAIR}_vgg16-$SEED $IMAGES
+    learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_vgg16-$SEED selfens.trunk=vgg16 $IMAGES ;;
   reinhard | fda | jitter)
     paint name=${PAIR}_$ROW-$SEED augment.method=$ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_$ROW-$SEED augment.method=$ROW ;;
