@@ -10,7 +10,7 @@
 #     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     dcan_images                   the images of the row dcan without its aligned features
-#     KEY=VALUE                     an ablation: of gan, fseg, augment it makes images anew; others use the main row's
+#     KEY=VALUE                     an ablation: of gan and fseg it makes images anew; others use the main row's
 #     judge                         labels and styles kept by the images of the rows above, by an f_seg of seed 100
 # and     bash experiments.sh table PAIR      the table of all that has run
 # Real data below data/ (README, "Published data sets"). On a CPU, OMP_NUM_THREADS=1 and two rows at a time get
@@ -30,7 +30,7 @@ case $PAIR in
 esac
 MAIN=runs/$PAIR-$SEED
 IMAGES=$MAIN/augmented                # those of the main row, in one style or several
-[ -d $IMAGES/style1 ] || IMAGES=$IMAGES/style0
+[ -d $IMAGES/style1 ] && [ $ROW != augment.styles_per_image=1 ] || IMAGES=$IMAGES/style0
 IMAGES="augment.method=folder augment.folder=$IMAGES"
 
 learn() {  # "variants" key=value ...
@@ -88,11 +88,11 @@ case $ROW in
         python augment.py $RUN/augmented/config.yaml --judge runs/$PAIR-judge/gan/fseg/last.pt
     done ;;
   table) python evaluate.py --table runs/$PAIR[-_]* ;;
-  gan.*=* | fseg.*=* | augment.*=*)
+  gan.*=* | fseg.*=*)
     paint name=${PAIR}_${ROW/=/_}-$SEED $ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_${ROW/=/_}-$SEED $ROW ;;
   *=*)
-    paint name=${PAIR}_${ROW/=/_}-$SEED $IMAGES
+    paint name=${PAIR}_${ROW/=/_}-$SEED $IMAGES $ROW
     learn tgcf_da_se name=${PAIR}_${ROW/=/_}-$SEED $IMAGES $ROW ;;
   *) echo "no such row: $ROW" >&2; exit 2 ;;
 esac
