@@ -3,7 +3,8 @@
 #     bash experiments.sh ROW PAIR [SEED [key=value ...]]     PAIR: streets, day_dusk, carla or idd; seed 0 by default
 # ROW is one of
 #     main                          the five variants
-#     long                          three times the steps; Source Only then sees as many images as TGCF-DA + SE did
+#     long                          three times the steps
+#     seen                          Source Only, until it has seen as many images as TGCF-DA + SE: three times the steps
 #     vgg16                         the five variants with the paper's own trunk, on the main row's images
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
 #     more                          as many steps again, from the seed's Source Only student
@@ -17,7 +18,7 @@
 # most done.
 set -eu
 cd "$(dirname "$0")"
-[ $# -ge 2 ] || { sed -n '2,17p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,18p' "$0"; exit 2; }
 ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
@@ -54,6 +55,8 @@ case $ROW in
   long)
     paint name=${PAIR}_long-$SEED $IMAGES
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_long-$SEED selfens.steps=$LONG $IMAGES ;;
+  seen)
+    learn source_only name=${PAIR}_seen-$SEED selfens.steps=$LONG ;;
   vgg16)                              # where torchvision cannot download it: selfens.pretrained=FILE
     paint name=${PAIR}_vgg16-$SEED $IMAGES
     learn "source_only self_ensembling tgcf_da tgcf_da_se target_only" name=${PAIR}_vgg16-$SEED selfens.trunk=vgg16 $IMAGES ;;
