@@ -197,6 +197,15 @@ def write_sheet(run: Run, step: int, nets, source: Scenes, target: Scenes) -> No
     run.sheet(step, "translated", make_sheet(columns, rows))
 
 
+def build_nets(cfg, run: Run):
+    """G, F, D_X, D_Y and their optimisers, new or as the checkpoint has them."""
+    seed_torch(cfg.seed, "cyclegan", "init")
+    nets = {"G": build_translator(cfg), "F": build_translator(cfg),
+            "D_X": build_discriminator(cfg), "D_Y": build_discriminator(cfg)}  # fmt: skip
+    optimisers = {"opt_g": (cfg.gan.lr_g, ("G", "F")), "opt_d": (cfg.gan.lr_d, ("D_X", "D_Y"))}
+    return prepare(cfg, run, nets, optimisers)
+
+
 def main() -> None:
     cfg, args = command_line(("--restart", {"action": "store_true"}),
                              ("--lambda-cycle", {"type": float, "default": 10.0}),
@@ -207,11 +216,7 @@ def main() -> None:
     data = {"source train": source.digest, "target train": target.digest,
             "--lambda-cycle": args.lambda_cycle, "--lambda-identity": args.lambda_identity}  # fmt: skip
     run = Run(cfg, "baselines/cyclegan", ("", "source", "target", "gan"), data, c.steps, args.restart)
-    seed_torch(cfg.seed, "cyclegan", "init")
-    nets = {"G": build_translator(cfg), "F": build_translator(cfg),
-            "D_X": build_discriminator(cfg), "D_Y": build_discriminator(cfg)}  # fmt: skip
-    optimisers = {"opt_g": (c.lr_g, ("G", "F")), "opt_d": (c.lr_d, ("D_X", "D_Y"))}
-    nets, cast = prepare(cfg, run, nets, optimisers), autocast(run.device, run.precision)
+    nets, cast = build_nets(cfg, run), autocast(run.device, run.precision)
 
     if not run.finished():
         run.begin()

@@ -133,35 +133,38 @@ def translator_sheet(run: Run, step: int, T, source: Scenes, target: Scenes) -> 
     run.sheet(step, "translated", make_sheet(["source", "translated", "style guide"], rows))
 
 
+def build_translator(cfg, lambda_style: float, run: Run) -> SimpleNamespace:
+    """T, its optimiser, new or as the checkpoint has them, and phi."""
+    c, place = cfg.gan, {"device": run.device, "memory_format": torch.channels_last}
+    seed_torch(cfg.seed, "dcan translator", "init")
+    phi = (VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite)(cfg.fseg.width)
+    load_trunk(SimpleNamespace(trunk=phi.requires_grad_(False).to(**place)), cfg, "fseg")
+    T = Translator(c.width, c.downsamples, c.res_blocks).to(**place)
+    opt = torch.optim.Adam(T.parameters(), c.lr_g, weight_decay=c.weight_decay, fused=True)
+    opt.param_groups[0]["base_lr"] = c.lr_g
+    run.load({"T": T, "opt": opt})
+    return SimpleNamespace(T=T, phi=phi, opt=opt, lambda_style=lambda_style)
+
+
 def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, target: Scenes) -> nn.Module:
     """Trains T, or loads it, and returns it."""
     c = cfg.gan
     run = Run(cfg, "baselines/dcan/translator", ("", "source", "target", "fseg", "gan"), data, c.steps)
-    seed_torch(cfg.seed, "dcan translator", "init")
-    phi = (VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite)(cfg.fseg.width)
-    T = Translator(c.width, c.downsamples, c.res_blocks)
-    load_trunk(SimpleNamespace(trunk=phi), cfg, "fseg")
-    for net in (phi.requires_grad_(False), T):
-        net.to(run.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(T.parameters(), c.lr_g, weight_decay=c.weight_decay, fused=True)
-    optimiser.param_groups[0]["base_lr"] = c.lr_g
-    nets = SimpleNamespace(T=T, phi=phi, opt=optimiser, lambda_style=lambda_style)
-    run.load(parts := {"T": T, "opt": optimiser})
+    nets, cast = build_translator(cfg, lambda_style, run), autocast(run.device, run.precision)
     if run.finished():
-        return T
+        return nets.T
     batches = Batches(cfg, "gan", {"source": source, "target": target})
-    cast = autocast(run.device, run.precision)
     run.begin()
     for step, batch in enumerate(batches.loader(run.start, c.steps, cfg.workers), run.start + 1):
         x_s, x_t = to_float(batch["x_s"], run.device), to_float(batch["x_t"], run.device)
         warm_up = step <= c.warmup_steps
-        set_lr(optimiser, c.warmup_lr / max(c.lr_g, 1e-12) if warm_up else linear(step, c.steps))
+        set_lr(nets.opt, c.warmup_lr / max(c.lr_g, 1e-12) if warm_up else linear(step, c.steps))
         run.log(step, translator_step(nets, x_s, x_t, warm_up, cast))
         if run.due("sheet", step):
-            translator_sheet(run, step, T, source, target)
-        run.save(step, parts, classes=list(source.classes))
+            translator_sheet(run, step, nets.T, source, target)
+        run.save(step, {"T": nets.T, "opt": nets.opt}, classes=list(source.classes))
     run.close()
-    return T
+    return nets.T
 
 
 def translate(cfg, run: Run, T: nn.Module, source: Scenes, target: Scenes) -> Scenes:

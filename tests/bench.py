@@ -2,7 +2,7 @@
 
     python tests/bench.py [CFG key=value ...]              training steps over their bare passes; GPU memory
     python tests/bench.py [CFG key=value ...] --count      parameters, FLOPs and memory of each step, not run
-    python tests/bench.py [CFG key=value ...] --translators    TGCF-DA's GAN, CycleGAN, CUT and FastCUT
+    python tests/bench.py [CFG key=value ...] --translators    TGCF-DA's, CycleGAN's, CUT's and DCAN's
     python tests/bench.py [CFG key=value ...] --munit DIR  the GAN's step against MUNIT's, DIR a clone of it
 
 The first prints ratios of things that took turns. The last two run each method in a process of its own, on
@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from baselines import cut, cyclegan  # noqa: E402
+from baselines import cut, cyclegan, dcan  # noqa: E402
 from datasets import class_list  # noqa: E402
 from models import (  # noqa: E402
     adamw, build_discriminator, build_fseg, build_generator, build_segmenter,
@@ -38,7 +38,7 @@ from train_selfens import selfens_step  # noqa: E402
 MUNIT = {"gan.width": 64, "gan.style_dim": 8, "gan.mlp_dim": 256, "gan.downsamples": 2, "gan.res_blocks": 4,
          "gan.d_width": 64, "gan.d_layers": 4, "gan.d_scales": 3, "gan.batch": 1, "gan.crop": [128, 256],
          "gan.lambda_rec": 0.0}  # fmt: skip
-TRANSLATORS = ("TGCF-DA", "CycleGAN", "CUT", "FastCUT")
+TRANSLATORS = ("TGCF-DA", "CycleGAN", "CUT", "FastCUT", "DCAN")
 
 
 def images(n: int, size, device):
@@ -178,16 +178,16 @@ def translator(cfg, name: str, cast):
     run = SimpleNamespace(device=cpu, load=lambda parts: None, folder=Path(name))
     x, y = (images(c.batch, c.crop or cfg.source.size, cpu) for _ in range(2))
     whole, guides = images(cfg.inference_batch, cfg.source.size, cpu), images(1, cfg.target.size, cpu)
+    guides = guides.expand(len(whole), -1, -1, -1)
     if name == "TGCF-DA":
         step, _, nets = gan(cfg, len(class_list(cfg)[1]), cpu, cast)
-        guides = guides.expand(len(whole), -1, -1, -1)
         return step, lambda: nets.G(whole, guides), nets
     if name == "CycleGAN":
-        parts = {k: cyclegan.build_translator(cfg) for k in "GF"}
-        parts |= {k: build_discriminator(cfg) for k in ("D_X", "D_Y")}
-        optimisers = {"opt_g": (c.lr_g, ("G", "F")), "opt_d": (c.lr_d, ("D_X", "D_Y"))}
-        nets = cyclegan.prepare(cfg, run, parts, optimisers)
+        nets = cyclegan.build_nets(cfg, run)
         return lambda: cyclegan.cyclegan_step(nets, x, y, 10.0, 0.5, cast), lambda: nets.G(whole), nets
+    if name == "DCAN":
+        nets = dcan.build_translator(cfg, 1.0, run)
+        return lambda: dcan.translator_step(nets, x, y, False, cast), lambda: nets.T(whole, guides), nets
     nets = cut.build_nets(cfg, run)
     return lambda: cut.cut_step(nets, x, y, 1.0, name == "FastCUT", cast), lambda: nets.G(whole), nets
 
