@@ -133,7 +133,7 @@ def translator_sheet(run: Run, step: int, T, source: Scenes, target: Scenes) -> 
     run.sheet(step, "translated", make_sheet(["source", "translated", "style guide"], rows))
 
 
-def build_translator(cfg, lambda_style: float, run: Run) -> SimpleNamespace:
+def build_nets(cfg, lambda_style: float, run: Run) -> SimpleNamespace:
     """T, its optimiser, new or as the checkpoint has them, and phi."""
     c, place = cfg.gan, {"device": run.device, "memory_format": torch.channels_last}
     seed_torch(cfg.seed, "dcan translator", "init")
@@ -150,7 +150,7 @@ def train_translator(cfg, lambda_style: float, data: dict, source: Scenes, targe
     """Trains T, or loads it, and returns it."""
     c = cfg.gan
     run = Run(cfg, "baselines/dcan/translator", ("", "source", "target", "fseg", "gan"), data, c.steps)
-    nets, cast = build_translator(cfg, lambda_style, run), autocast(run.device, run.precision)
+    nets, cast = build_nets(cfg, lambda_style, run), autocast(run.device, run.precision)
     if run.finished():
         return nets.T
     batches = Batches(cfg, "gan", {"source": source, "target": target})

@@ -186,7 +186,7 @@ def translator(cfg, name: str, cast):
         nets = cyclegan.build_nets(cfg, run)
         return lambda: cyclegan.cyclegan_step(nets, x, y, 10.0, 0.5, cast), lambda: nets.G(whole), nets
     if name == "DCAN":
-        nets = dcan.build_translator(cfg, 1.0, run)
+        nets = dcan.build_nets(cfg, 1.0, run)
         return lambda: dcan.translator_step(nets, x, y, False, cast), lambda: nets.T(whole, guides), nets
     nets = cut.build_nets(cfg, run)
     return lambda: cut.cut_step(nets, x, y, 1.0, name == "FastCUT", cast), lambda: nets.G(whole), nets
