@@ -36,6 +36,7 @@ from evaluate import percent, read_result
 from models import build_generator, build_segmenter, load_net, upsample
 
 matplotlib.use("Agg")  # files only
+matplotlib.rcParams["figure.constrained_layout.use"] = True
 import matplotlib.pyplot as plt  # noqa: E402
 
 LABELS = {"source_only": "Source Only", "self_ensembling": "Self-Ensembling", "tgcf_da": "TGCF-DA",
@@ -63,7 +64,7 @@ def read_log(path: Path) -> list[dict]:
 
 def curve(runs: list[Path]):
     """The teachers' mIoU on val over the steps, of each variant: mean, least and greatest of the runs."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4))
     for variant, label in LABELS.items():
         logs = [read_log(run / "selfens" / variant / "log.jsonl") for run in runs]
         points = [{line["step"]: line["val_mIoU"] for line in log if "val_mIoU" in line} for log in logs]
@@ -85,13 +86,17 @@ def over(key: str, runs: list[Path]):
     if not isinstance(schema()[0].get(key), (int, float, str)):
         raise UserError(f"over {key}: no key of cfg.yaml that holds one number or word")
     results = {}
-    for result in (read_result(path) for run in runs for path in sorted(run.glob("eval/*_teacher_*.json"))):
-        rows = results.setdefault((result["variant"], result["split"]), {})
-        rows.setdefault(result["config"].get(key), []).append(100 * result["miou"])
+    for run in runs:
+        found = [read_result(path) for path in sorted(run.glob("eval/*_teacher_*.json"))]
+        for r in found:
+            if np.sum(r["confusion"]) == max(np.sum(o["confusion"]) for o in found):  # val+test
+                rows = results.setdefault((r["variant"], r["split"]), {})
+                rows.setdefault(r["config"].get(key), []).append(100 * r["miou"])
     if not results:
         raise UserError(f"{runs[0]}: no eval/*_teacher_*.json in it; run evaluate.py first")
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for (variant, split), rows in results.items():
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    curves = {k: rows for k, rows in results.items() if len(rows) > 1} or results
+    for (variant, split), rows in curves.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))
         means = [np.mean(rows[v]) for v in values]
         bars = [np.std(rows[v], ddof=len(rows[v]) > 1) for v in values]
@@ -106,7 +111,7 @@ def losses(log: list[dict], title: str):
     """Each term of a log.jsonl over the steps, in a small picture of its own."""
     names = [name for name in {name: 0 for line in log for name in line} if name not in ("step", "lr")]
     rows = max(1, -(-len(names) // 4))
-    figure, axes = plt.subplots(rows, 4, figsize=(10, 2 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, 4, figsize=(10, 2 * rows), squeeze=False)
     figure.suptitle(title, fontsize=10)
     for name, ax in zip(names, axes.flat, strict=False):
         ax.plot(*zip(*((line["step"], line[name]) for line in log if name in line), strict=True), lw=0.8)
@@ -121,7 +126,7 @@ def confusion(result: dict):
     """Which class (row) is read as which (column), % of the row's pixels."""
     counts, names = np.array(result["confusion"], float), result["classes"]
     parts = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    figure, ax = plt.subplots(figsize=(1.5 + 0.42 * len(names), 1.2 + 0.4 * len(names)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(1.5 + 0.42 * len(names), 1.2 + 0.4 * len(names)))
     ax.imshow(parts, cmap="Blues", vmin=0, vmax=100)
     for (i, j), value in np.ndenumerate(parts):
         if value >= 0.5:
@@ -194,7 +199,7 @@ def page(run: Path) -> str:
 
 def share(runs: list[Path]):
     """Each class's gain in IoU by self-ensembling, with and without repainted images, over its share."""
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4))
     for after, before, marker in (("self_ensembling", "source_only", "s"), ("tgcf_da_se", "tgcf_da", "o")):
         pairs = [[read_result(run / f"eval/{v}_teacher_val.json") for v in (after, before)] for run in runs]
         rows = dict(zip(pairs[0][0]["classes"], np.sum(pairs[0][0]["confusion"], 1), strict=True))
