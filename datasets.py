@@ -59,7 +59,7 @@ class Scenes:
         self.samples, self.unused = find_samples(cfg, role, split, labels)
         if labels and (role, split) == ("target", "train") and cfg.target.labelled:
             self.samples = some_labelled(self.samples, cfg.target.labelled)
-        self.whole = {*np.linspace(0, len(self) - 1, min(decode, len(self))).astype(int).tolist()}
+        self.whole = {*evenly(len(self), decode)}
         with ThreadPoolExecutor(max(8, os.cpu_count())) as pool:  # a network disk is a matter of waiting
             texts, counts = zip(*pool.map(self._examine, range(len(self))), strict=True)
         self.problems = [(s.name, text) for s, text in zip(self.samples, texts, strict=True) if text]
@@ -313,6 +313,11 @@ def classify(z: Tensor, size) -> Tensor:
 def to_float(x: Tensor, device) -> Tensor:
     """(N, 3, h, w) uint8 -> float32 in [-1, 1] on the device, channels last."""
     return x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """`count` of n indices, evenly; all n where there are fewer."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
 
 
 def some_of(scenes: Scenes, count: int, device) -> Tensor:

@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import SUFFIXES, Scenes, class_list, classify, colourise, measure, predictions, read_image
-from datasets import make_sheet, resized, to_float
+from datasets import evenly, make_sheet, resized, to_float
 from losses import IGNORE, iou_from_confusion
 from models import build_segmenter, load_net, upsample
 
@@ -239,9 +239,8 @@ def summarise(cfg, args, scenes: Scenes, net: Segmenter, confusions, sizes: set)
     result = {
         "miou": float(np.nanmean(iou)), "variant": net.state["variant"], "model": args.model,
         "split": args.split, "step": step, "steps": steps, "seed": config["seed"], "images": len(scenes),
-        "per_class": per_class,
-        "confusion": confusions.sum(0).tolist(), "sequences": parts, "classes": list(classes),
-        "protocol": protocol, "config": config,
+        "per_class": per_class, "confusion": confusions.sum(0).tolist(), "sequences": parts,
+        "classes": list(classes), "protocol": protocol, "config": config,
         "environment": environment(net.device, get_precision(cfg, net.device)),
     }  # fmt: skip
     if scenes.class_list == "cityscapes16":
@@ -253,7 +252,7 @@ def summarise(cfg, args, scenes: Scenes, net: Segmenter, confusions, sizes: set)
 @torch.inference_mode()
 def examples(net: Segmenter, scenes: Scenes, caption: str) -> Image.Image:
     """Six images of the split, evenly, with their labels and predictions."""
-    shown, rows = np.unique(np.linspace(0, len(scenes) - 1, 6).astype(int)), []
+    shown, rows = evenly(len(scenes), 6), []
     for i in shown:
         (z,) = net.logits(to_float(scenes.image(i)[None], net.device))
         readings = (scenes.label(i), classify(z, scenes.size).cpu())
@@ -359,7 +358,9 @@ def collect(folders: list[str]) -> dict:
             checkpoint = folder / "selfens" / variant / "last.pt"
             if checkpoint.exists() and os.path.getmtime(checkpoint) > os.path.getmtime(path):
                 print(f"warning: {checkpoint} is newer than {path}; run evaluate.py again")
-    return {k: rows[k] for k in sorted(rows, key=lambda k: (k[2], k[0], k[1], [*VARIANTS, k[3]].index(k[3])))}
+    runs = [k[2] for k in rows]  # in the order given
+    order = sorted(rows, key=lambda k: (runs.index(k[2]), k[0], k[1], [*VARIANTS, k[3]].index(k[3])))
+    return {k: rows[k] for k in order}
 
 
 def table(folders: list[str]) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Scenes, classify, colourise, make_sheet, predictions, some_of
+from datasets import Scenes, classify, colourise, evenly, make_sheet, predictions, some_of
 from evaluate import percent, read_result
 from models import build_generator, build_segmenter, load_net, upsample
 
@@ -90,17 +90,16 @@ def over(key: str, runs: list[Path]):
         found = [read_result(path) for path in sorted(run.glob("eval/*_teacher_*.json"))]
         for r in found:
             if np.sum(r["confusion"]) == max(np.sum(o["confusion"]) for o in found):  # val+test
-                rows = results.setdefault((r["variant"], r["split"]), {})
+                rows = results.setdefault(f"{LABELS.get(r['variant'], r['variant'])}, {r['split']}", {})
                 rows.setdefault(r["config"].get(key), []).append(100 * r["miou"])
     if not results:
         raise UserError(f"{runs[0]}: no eval/*_teacher_*.json in it; run evaluate.py first")
     figure, axes = plt.subplots(figsize=(6.4, 4))
     curves = {k: rows for k, rows in results.items() if len(rows) > 1} or results
-    for (variant, split), rows in curves.items():
+    for label, rows in curves.items():
         values = sorted(rows, key=lambda v: (isinstance(v, str), v))
         means = [np.mean(rows[v]) for v in values]
         bars = [np.std(rows[v], ddof=len(rows[v]) > 1) for v in values]
-        label = f"{LABELS.get(variant, variant)}, {split}"
         axes.errorbar([str(v) for v in values], means, bars, marker="o", lw=0.8, label=label)
     axes.set(xlabel=key, ylabel="mIoU, %")
     axes.legend(fontsize=8)
@@ -192,7 +191,7 @@ def page(run: Path) -> str:
         log, sheets = read_log(run / stage / "log.jsonl"), sorted((run / stage).glob("sheets/*.png"))
         if log:
             parts.append(picture(losses(log, stage), f"{stage}: loss terms over steps"))
-        for k in spread(len(sheets), 4) if sheets else ():
+        for k in evenly(len(sheets), 4) if sheets else ():
             parts.append(picture(Image.open(sheets[k]), f"{stage}/sheets/{sheets[k].name}"))
     return "".join([HEAD, f"<title>{name}</title><h1>{name}</h1>", *parts])
 
@@ -216,15 +215,10 @@ def share(runs: list[Path]):
     return figure
 
 
-def spread(n: int, count: int) -> list[int]:
-    """`count` of n indices, evenly."""
-    return [int(i) for i in np.unique(np.linspace(0, n - 1, count).astype(int))]
-
-
 def variants(cfg, count: int = 5) -> Image.Image:
     """Target image, label, and what the teacher of each trained variant reads there."""
     device, scenes = get_device(cfg), Scenes(cfg, "target", "val", labels=True)
-    shown, columns = spread(len(scenes), count), ["target image (val)", "label"]
+    shown, columns = evenly(len(scenes), count), ["target image (val)", "label"]
     images = [scenes.image(i).permute(1, 2, 0).numpy() for i in shown]
     rows = [[x, colourise(scenes.label(i), scenes.classes)] for x, i in zip(images, shown, strict=True)]
     for variant in LABELS:

@@ -33,7 +33,7 @@ from runtime import (
 import numpy as np
 import torch
 
-from datasets import Augmented, Batches, Scenes, colourise, has_labels, make_sheet, measure, to_float
+from datasets import Augmented, Batches, Scenes, colourise, evenly, has_labels, make_sheet, measure, to_float
 from losses import (
     class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
 )  # fmt: skip
@@ -107,7 +107,7 @@ def build_nets(cfg, labelled: Scenes, run: Run) -> SimpleNamespace:
 @torch.inference_mode()
 def write_sheet(run: Run, step: int, nets, val: Scenes) -> float:
     """Sheet of target images with what student and teacher read there; returns the part read differently."""
-    shown = np.linspace(0, len(val) - 1, 4).astype(int)
+    shown = evenly(len(val), 4)
     x_t = to_float(torch.stack([val.image(i) for i in shown]), run.device)
     probabilities = []
     for net in (nets.student, nets.teacher):

@@ -191,11 +191,12 @@ def runs(cityscapes, tmp_path):
 
 
 def test_the_table_is_mean_sample_deviation_and_gap(stage, runs, capsys):
-    """Over seeds, n - 1; one row a variant; a folder given twice counts once; the step is shown."""
+    """Over seeds, n - 1; a folder given twice counts once; runs are compared with those given before them."""
     folders = [runs(f"a-{k}", miou, "tgcf_da", seed=k) for k, miou in enumerate((0.1, 0.2, 0.6))]
     for k in range(3):
         runs(f"a-{k}", 0.2, seed=k)
         runs(f"a-{k}", 0.6, "target_only", seed=k)
+        folders.append(runs(f"A-{k}", 0.4, "tgcf_da", seed=k))
     stage("evaluate", "--table", *folders, folders[0])
     shown = capsys.readouterr().out
     rows = {line.split()[1]: line for line in shown.splitlines() if line.startswith("a ")}
@@ -203,10 +204,10 @@ def test_the_table_is_mean_sample_deviation_and_gap(stage, runs, capsys):
     assert re.match(r"a +tgcf_da +teacher +val +60/60 +3 +30\.00 ±26\.46 +25 +15\.00 ", rows["tgcf_da"])
     assert re.search(r"60/60 +3 +20\.00 ± 0\.00 +0 ", rows["source_only"])
     assert re.search(r"3 +60\.00 ± 0\.00 +100 ", rows["target_only"])
-    # paired over seeds: -10, 0 and 40; half of the interval: 4.30 times their deviation over the root of 3
-    half = 4.30 * np.std([-10, 0, 40], ddof=1) / 3**0.5
+    half = 4.30 * np.std([-10, 0, 40], ddof=1) / 3**0.5  # of the interval of differences paired by seed
     assert f"a tgcf_da over source_only, val, teacher: +10.00 ± {half:.2f} (3 seeds, not resolved)" in shown
     assert "a target_only over source_only, val, teacher: +40.00 ± 0.00 (3 seeds)" in shown
+    assert "A tgcf_da over a, val, teacher: +10.00 ± " in shown
 
 
 def test_runs_that_differ_are_not_averaged(stage, runs):
