@@ -33,11 +33,14 @@ $3 == "teacher" && $4 in splits && $2 in name {
     for (i = 0; i < classes; i++) put("class", class[i], name[$2], $(NF - classes + 1 + i))
 }
 
-$3 == "over" && $5 in splits && $2 in name && $2 != "target_only" {
+$3 == "over" && $5 in splits {
+    method = $2
+    se = sub(/_se$/, "", method) ? "_se" : ""
     base = substr($4, 1, length($4) - 1)
     text = /not resolved/ ? $7 "±" $9 : "**" $7 "±" $9 "**"
-    if (base in name) put("over", $1, name[$2] " over " name[base], text)
-    if (base == first) put("between", $1 " over " base, name[$2], text)
+    if ($2 in name && base in name && $2 != "target_only") put("over", $1, name[$2] " over " name[base], text)
+    if ($2 in name && base == first) put("between", $1 " over " base, name[$2], text)
+    if (method ~ /^(mcd|dcan)$/ && base == "tgcf_da" se) put("between", $1 " " method " over " $1, name[base], text)
 }
 
 END {
