@@ -90,7 +90,7 @@ case $ROW in
       [ ! -f $RUN/augmented/identity.json ] ||
         python augment.py $RUN/augmented/config.yaml --judge runs/$PAIR-judge/gan/fseg/last.pt
     done ;;
-  table) python evaluate.py --table runs/$PAIR[-_]* ;;
+  table) python evaluate.py --table runs/$PAIR*-[0-9]* ;;
   gan.*=* | fseg.*=*)
     paint name=${PAIR}_${ROW/=/_}-$SEED $ROW
     learn "tgcf_da tgcf_da_se" name=${PAIR}_${ROW/=/_}-$SEED $ROW ;;

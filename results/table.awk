@@ -5,6 +5,7 @@
 #     gap       % of the way from Source Only to Target Only; mIoU of the classes that Target Only reads above 10
 #     over      differences within a run ± 95 % interval; bold where resolved
 #     between   differences of a variant from that of the first run, the same
+#     others    differences of MCD and DCAN, alone and with SE, from TGCF-DA, the same
 #     class     each class's IoU, of one run
 BEGIN {
     n = split("source_only self_ensembling tgcf_da tgcf_da_se target_only", key)
@@ -13,7 +14,7 @@ BEGIN {
     for (i = 1; i < n; i++) for (k = i + 1; k < n; k++) column[++columns] = column[k] " over " column[i]
     title["miou"] = "|mIoU, % (seeds)|"
     title["gap"] = "|gap, %; > 10|"
-    title["over"] = title["between"] = "|difference, points|"
+    title["over"] = title["between"] = title["others"] = "|difference, points|"
     title["class"] = "|IoU, %|"
     splits["val"]; splits["val,"]; splits["val+test"]; splits["val+test,"]      # the later lines replace val's
 }
@@ -40,7 +41,7 @@ $3 == "over" && $5 in splits {
     text = /not resolved/ ? $7 "±" $9 : "**" $7 "±" $9 "**"
     if ($2 in name && base in name && $2 != "target_only") put("over", $1, name[$2] " over " name[base], text)
     if ($2 in name && base == first) put("between", $1 " over " base, name[$2], text)
-    if (method ~ /^(mcd|dcan)$/ && base == "tgcf_da" se) put("between", $1 " " method " over " $1, name[base], text)
+    if (method ~ /^(mcd|dcan)$/ && base == "tgcf_da" se) put("others", $1 " " method " over " $1, name[base], text)
 }
 
 END {
