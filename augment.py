@@ -26,8 +26,8 @@ from pathlib import Path
 
 from runtime import (
     Run, UserError, all_reduce, atomic_write, autocast, command_line, get_device, get_precision,
-    random_generator, rank, read_json, refuse_changes, run_main, stage_config, to_uint8, weights_digest,
-    world, write_json,
+    random_generator, rank, read_json, refuse_changes, run_main, stage_config, weights_digest, world,
+    write_json,
 )  # fmt: skip
 
 # isort: split
@@ -38,7 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets import SUFFIXES, Augmented, Scenes, photometric_jitter, planned_files, read_image, resized
-from datasets import make_sheet, to_float
+from datasets import make_sheet, to_float, to_uint8
 from losses import IGNORE, correlation, style_statistics
 from models import build_fseg, build_generator, load_net
 
@@ -167,11 +167,11 @@ def main() -> None:
     guides = [int(random_generator(cfg.seed, "augment", k).integers(len(target))) for k in range(count)]
     # A batch of which an image is missing is made again as a whole: its bits do not depend on what was there.
     missing = [batch for batch in batches if not all(files[k].exists() for k in batch)]
-    all_reduce(torch.zeros(1))  # no process begins before all have looked
     if not missing and path.exists():
         return print(f"augment: {count} images of generator {generator} are there; nothing to do")
 
     run.begin()
+    all_reduce(torch.zeros(1))  # no process writes before all have looked, and process 0 has tidied up
     if rank() == 0:
         write_json(path, {"generator": generator, "config": run.config} | data)
         write_manifest(run.folder, files, source, [target.samples[i].name for i in guides])

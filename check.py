@@ -23,8 +23,7 @@ from runtime import UserError, atomic_write, command_line, run_main
 # isort: split
 import numpy as np
 
-from datasets import SUFFIXES, Scenes, class_list, colourise, has_labels, make_sheet
-from losses import IGNORE
+from datasets import IGNORE, SUFFIXES, Scenes, class_list, colourise, has_labels, make_sheet
 from pairs import open_image, read_image
 
 

@@ -79,7 +79,7 @@ class Scenes:
                     ids = self.native_label(i)
                     sizes.append(ids.shape[::-1])
                     counts = np.bincount(ids.ravel(), minlength=256)
-            elif not image.startswith("streets:"):  # headers, which may lie on their sides
+            elif not image.startswith("streets:"):  # headers; a photo may be stored on its side
                 sizes = [sorted(open_image(path, decode=False).size) for path in (image, label) if path]
         except UserError as error:
             return str(error), counts
@@ -162,7 +162,7 @@ def planned_files(folder: Path, source: Scenes, styles: int) -> list[Path]:
 # ------------------------------------------------------------------------------------------------- batches
 def photometric_jitter(x: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """(3, H, W) in [0, 1] -> the same with other colour, light, sharpness and texture, never geometry."""
-    # so much of it because a generator hides in whatever f_seg has never been shown; strength: 1 is strong
+    # It is strong, as a generator makes use of whatever f_seg has never been shown. strength: 1 is full.
     def factor(spread):
         return float(np.exp(rng.uniform(-spread, spread) * strength))
 
@@ -318,6 +318,11 @@ def to_float(x: Tensor, device) -> Tensor:
 def evenly(n: int, count: int) -> list[int]:
     """`count` of n indices, evenly; all n where there are fewer."""
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist()
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """x: (3, H, W) float in [-1, 1] -> (H, W, 3) uint8, rounded."""
+    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def some_of(scenes: Scenes, count: int, device) -> Tensor:

@@ -45,7 +45,6 @@ from models import build_segmenter, load_net, upsample
 NOT_IN_13 = ("wall", "fence", "pole")  # of cityscapes16, left out of the mIoU* that papers on SYNTHIA report
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 VARIANTS = ("source_only", "self_ensembling", "tgcf_da", "tgcf_da_se", "target_only")
-NO_IMAGES = ("source_only", "self_ensembling", "target_only")  # variants without repainted images
 RESULT = {"miou": float, "per_class": dict, "classes": list, "split": str, "model": str, "variant": str,
           "step": int, "steps": int, "protocol": str, "config": dict, "confusion": list}  # fmt: skip
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, by degrees of freedom
@@ -226,7 +225,8 @@ def summarise(cfg, args, scenes: Scenes, net: Segmenter, confusions, sizes: set)
         raise UserError(f"{cfg.target.root}: no labelled pixel in {args.split}; nothing to evaluate")
     names, groups = sequences(scenes)
     parts = {name: {"images": groups.count(k), "miou": float(np.nanmean(iou_from_confusion(confusions[k]))),
-                    "confusion": confusions[k].tolist()} for k, name in enumerate(names)}  # fmt: skip
+                    "confusion": confusions[k].tolist()}
+             for k, name in enumerate(names) if confusions[k].any()}  # fmt: skip
     per_class = {n: None if np.isnan(v) else float(v) for n, v in zip(classes, iou, strict=True)}
     step, steps, (height, width) = net.state["step"], config["selfens.steps"], min(sizes)
     protocol = (
@@ -336,7 +336,7 @@ def collect(folders: list[str]) -> dict:
     """
     rows, alike, free = {}, {}, {"seed", *FREE_KEYS} - {"precision"}
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
-        paths = sorted(p for p in folder.glob("eval/*.json") if not p.name.startswith("augmented"))
+        paths = sorted(folder.glob("eval/[!ac]*.json"))  # not augmented_..., and checkpoint_... of other runs
         if not paths:
             raise UserError(f"{folder}: no eval/*.json in it; run evaluate.py with its config first")
         for path in paths:
@@ -345,7 +345,7 @@ def collect(folders: list[str]) -> dict:
             seed = f"-{config.get('seed')}"
             key = (result["split"], result["model"], str(config.get("name")).removesuffix(seed), variant)
             # Paths may differ, too, if only in the seed, and keys of stages that the variant does not use.
-            unread = ("gan.", "fseg.", "augment.") if variant in NO_IMAGES else ()
+            unread = () if variant.startswith(("tgcf", "dcan")) else ("gan.", "fseg.", "augment.")
             then, old = alike.setdefault(key, (config, seed))
             for k in sorted({*then} & {*config} - free):  # keys come and go
                 changed = then[k] not in (config[k], re.sub(rf"{seed}\b", old, str(config[k])))

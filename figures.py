@@ -21,8 +21,7 @@ import sys
 from pathlib import Path
 
 from runtime import (
-    UserError, atomic_write, autocast, command_line, get_device, get_precision, read_json,
-    run_main, schema, to_uint8,
+    UserError, atomic_write, autocast, command_line, get_device, get_precision, read_json, run_main, schema,
 )  # fmt: skip
 
 # isort: split
@@ -31,9 +30,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets import Scenes, classify, colourise, evenly, make_sheet, predictions, some_of
-from evaluate import percent, read_result
-from models import build_generator, build_segmenter, load_net, upsample
+from datasets import Scenes, colourise, evenly, make_sheet, some_of, to_uint8
+from evaluate import Segmenter, percent, read_result
+from models import build_generator, load_net
 
 matplotlib.use("Agg")  # files only
 matplotlib.rcParams["figure.constrained_layout.use"] = True
@@ -97,7 +96,7 @@ def over(key: str, runs: list[Path]):
     figure, axes = plt.subplots(figsize=(6.4, 4))
     curves = {k: rows for k, rows in results.items() if len(rows) > 1} or results
     for label, rows in curves.items():
-        values = sorted(rows, key=lambda v: (isinstance(v, str), v))
+        values = sorted(rows, key=lambda v: (isinstance(v, str), v or 0))
         means = [np.mean(rows[v]) for v in values]
         bars = [np.std(rows[v], ddof=len(rows[v]) > 1) for v in values]
         axes.errorbar([str(v) for v in values], means, bars, marker="o", lw=0.8, label=label)
@@ -217,18 +216,15 @@ def share(runs: list[Path]):
 
 def variants(cfg, count: int = 5) -> Image.Image:
     """Target image, label, and what the teacher of each trained variant reads there."""
-    device, scenes = get_device(cfg), Scenes(cfg, "target", "val", labels=True)
-    shown, columns = evenly(len(scenes), count), ["target image (val)", "label"]
-    images = [scenes.image(i).permute(1, 2, 0).numpy() for i in shown]
-    rows = [[x, colourise(scenes.label(i), scenes.classes)] for x, i in zip(images, shown, strict=True)]
+    scenes, columns = Scenes(cfg, "target", "val", labels=True), ["target image (val)", "label"]
+    rows = [[scenes.image(i).permute(1, 2, 0).numpy(), colourise(scenes.label(i), scenes.classes)]
+            for i in evenly(len(scenes), count)]
     for variant in LABELS:
         path = Path(cfg.output, cfg.name, "selfens", variant, "last.pt")
         if path.exists():
-            net, _ = load_net(path, "teacher", build_segmenter, scenes.classes, device)
+            net = Segmenter(path, cfg.device, cfg.precision)
             columns.append(LABELS[variant])
-            for k, z in predictions(net, lambda k: scenes.image(shown[k]), len(shown), 1, device):
-                z = upsample(z[None], net.stride, scenes.size)[0]
-                rows[k].append(colourise(classify(z, scenes.size).cpu(), scenes.classes))
+            rows = [[*row, net.colour(net(row[0]))] for row in rows]
     return make_sheet(columns, rows)
 
 

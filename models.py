@@ -381,8 +381,7 @@ def check_sizes(cfg) -> None:
 
 
 def build_fseg(cfg, classes: int) -> FCN8s:
-    trunk = VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite
-    return FCN8s(trunk(cfg.fseg.width), classes)
+    return FCN8s((VGG16 if cfg.fseg.trunk == "vgg16" else EfficientNetLite)(cfg.fseg.width), classes)
 
 
 def build_segmenter(cfg, classes: int) -> nn.Module:

@@ -110,7 +110,7 @@ def id_table(cfg, role: str) -> np.ndarray:
 
 
 def has_labels(cfg, role: str, split: str) -> bool:
-    """Whether the data set of `role` has labels in train or val at all (a `folder` may have none)."""
+    """Whether there are labels for `split`; one that a `folder` does not name has them as train has."""
     files = get_block(cfg, role).files
     return not files or len(files.get(split, files.get("train", []))) == 2
 

@@ -42,11 +42,19 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line that is shown."""
 
 
+class Loader(yaml.SafeLoader):  # PyYAML's, but a key that is there twice is an error
+    def construct_mapping(self, node, deep=False):
+        for i, (key, _) in enumerate(node.value):
+            if key.value in [k.value for k, _ in node.value[:i]]:
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there for the second time")
+        return super().construct_mapping(node, deep)
+
+
 # ---------------------------------------------------------------------------------------------- configuration
 def read_yaml(path) -> dict:
     """A YAML file of plain values. Raises UserError that names the file, and the line where it is wrong."""
     try:
-        return dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        return dict(yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {})
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML keys: {' '.join(str(error).split())}") from None
 
@@ -201,7 +209,7 @@ def get_precision(cfg, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str):
-    """Context in which the networks' matrix products run in `precision`; losses leave it by `.float()`."""
+    """Context in which the networks' matrix products run in `precision`; losses stand outside."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -318,18 +326,13 @@ def weights_digest(state: dict) -> str:
 
 def environment(device: torch.device, precision: str) -> dict:
     """What a result depends on beside the config: commit, versions, device, arithmetic."""
-    git = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=10"]
+    git = ["sh", "-c", 'git -C "$0" describe --always --dirty --abbrev=10', HERE]  # where there is git
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.get_num_threads()} threads"
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "device": name,
             "commit": commit, "precision": precision, "python": sys.version.split()[0],
             "torch": str(torch.__version__), "numpy": np.__version__}  # fmt: skip
-
-
-def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """x: (3, H, W) float in [-1, 1] -> (H, W, 3) uint8, rounded."""
-    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -346,7 +349,8 @@ def stage_config(cfg, sections: tuple) -> dict:
 
 def refuse_changes(then: dict, now: dict, where) -> None:
     """Raises UserError with what of `now` (config, digests) differs from what `where` was made with."""
-    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items()) if then.get(k) != v]
+    changed = [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in sorted(now.items())
+               if repr(then.get(k)) != repr(v)]  # not ==: the order of classes counts
     if changed:
         raise UserError(f"{where}: made with another config or other data: {', '.join(changed)}; put that "
                         "back, choose another 'name', or use --restart where it was made")
@@ -440,8 +444,7 @@ class Run:
         if not due and self.device.type == "cuda":  # a look at a term waits for the GPU
             return
         values = torch.tensor([float(v) for v in terms.values()], dtype=torch.float64)
-        values = all_reduce(values) / world() if due else values
-        values = dict(zip(terms, values.tolist(), strict=True))
+        values = dict(zip(terms, (all_reduce(values) / world() if due else values).tolist(), strict=True))
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(f"{self.stage}: {name} is {value} at step {step}; lower the learning rate, "

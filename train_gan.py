@@ -12,15 +12,14 @@ last checkpoint.
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, autocast, average_gradients, command_line, rank, run_main, seed_torch, to_uint8,
-    write_json,
+    Run, UserError, autocast, average_gradients, command_line, rank, run_main, seed_torch, write_json,
 )  # fmt: skip
 
 # isort: split
 import numpy as np
 import torch
 
-from datasets import Batches, Scenes, colourise, make_sheet, measure, some_of, to_float
+from datasets import Batches, Scenes, colourise, make_sheet, measure, some_of, to_float, to_uint8
 from losses import (
     class_weights, correlation, cross_entropy, iou_from_confusion, linear, lsgan_d, lsgan_g, poly, set_lr,
     style_statistics,
@@ -76,10 +75,7 @@ def train_fseg(cfg, source: Scenes, held_out: Scenes):
 
 def report_fseg(cfg, f_seg, held_out: Scenes, run: Run) -> None:
     """IoU of f_seg on held-out source images, to the screen and gan/fseg/held_out.json."""
-    def predict(x):
-        with autocast(run.device, run.precision):
-            return f_seg(x)
-
+    predict = autocast(run.device, run.precision)(f_seg)
     confusion = measure(predict, held_out, cfg.inference_batch, run.device).sum(0)
     iou, share = 100 * iou_from_confusion(confusion), confusion.sum(1) / confusion.sum()
     per_class = {n: float(v) for n, v in zip(held_out.classes, iou, strict=True) if not np.isnan(v)}
@@ -161,9 +157,8 @@ def build_nets(cfg, f_seg, run: Run) -> SimpleNamespace:
     nets = SimpleNamespace(f_seg=f_seg, G=build_generator(cfg), D=build_discriminator(cfg))
     for net, opt, lr in ((nets.G, "opt_g", c.lr_g), (nets.D, "opt_d", c.lr_d)):
         net.to(run.device, memory_format=torch.channels_last)
-        groups = [{"params": net.parameters(), "base_lr": lr}]
-        optimiser = torch.optim.Adam(groups, lr, (0.5, 0.999), weight_decay=c.weight_decay, fused=True)
-        setattr(nets, opt, optimiser)
+        group = [{"params": net.parameters(), "base_lr": lr}]
+        setattr(nets, opt, torch.optim.Adam(group, lr, (0.5, 0.999), weight_decay=c.weight_decay, fused=True))
         if cfg.compile:
             net.compile(dynamic=False)
     return nets

@@ -26,7 +26,7 @@ import shlex
 from types import SimpleNamespace
 
 from runtime import (
-    Run, UserError, all_reduce, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
+    Run, UserError, all_reduce, autocast, average_gradients, command_line, run_main, seed_torch,
 )  # fmt: skip
 
 # isort: split
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from datasets import Augmented, Batches, Scenes, colourise, evenly, has_labels, make_sheet, measure, to_float
+from datasets import to_uint8
 from losses import (
     class_weights, consistency, cross_entropy, iou_from_confusion, poly, set_lr, sigmoid_ramp_up,
 )  # fmt: skip
@@ -131,9 +132,7 @@ def write_sheet(run: Run, step: int, nets, val: Scenes) -> float:
 
 def read_val(run: Run, teacher, val: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
     """(C, C) confusion matrix as evaluate.py counts it, 0 without labels; (C,) pixels read as each class."""
-    def predict(x):
-        with autocast(run.device, run.precision):
-            return upsample(teacher(x), teacher.stride, x.shape[-2:])
+    predict = autocast(run.device, run.precision)(lambda x: upsample(teacher(x), teacher.stride, val.size))
 
     def count(_i, y):
         read.add_(torch.bincount(y.flatten(), minlength=len(read)).cpu())

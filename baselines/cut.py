@@ -26,9 +26,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks here alone
-from runtime import (  # noqa: E402
-    Run, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
-)  # fmt: skip
+from runtime import Run, autocast, average_gradients, command_line, run_main, seed_torch  # noqa: E402
 
 # isort: split
 import torch  # noqa: E402
@@ -38,7 +36,7 @@ from torch import Tensor, nn  # noqa: E402
 from baselines.cyclegan import (  # noqa: E402
     Translator, build_translator, check, prepare, update_d, write_images,
 )  # fmt: skip
-from datasets import Batches, Scenes, make_sheet, some_of, to_float  # noqa: E402
+from datasets import Batches, Scenes, make_sheet, some_of, to_float, to_uint8  # noqa: E402
 from losses import linear, lsgan_g, set_lr, wide  # noqa: E402
 from models import build_discriminator, pad_to_multiple  # noqa: E402
 

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks here alone
 from runtime import (  # noqa: E402
     Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line, rank, run_main,
-    seed_torch, to_uint8, world,
+    seed_torch, world,
 )  # fmt: skip
 
 # isort: split
@@ -37,7 +37,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from datasets import Batches, Scenes, make_sheet, some_of, to_float  # noqa: E402
+from datasets import Batches, Scenes, make_sheet, some_of, to_float, to_uint8  # noqa: E402
 from losses import linear, lsgan_d, lsgan_g, set_lr, wide  # noqa: E402
 from models import (  # noqa: E402
     InstanceNorm, ResBlock, build_discriminator, check_sizes, pad_to_multiple, reflected,

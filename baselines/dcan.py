@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 from runtime import (  # noqa: E402
     Run, UserError, all_reduce, atomic_write, autocast, average_gradients, command_line,
-    random_generator, rank, run_main, seed_torch, to_uint8, world,
+    random_generator, rank, run_main, seed_torch, world,
 )  # fmt: skip
 
 # isort: split
@@ -42,7 +42,7 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from baselines.mcd import build_pair, self_ensembling, update_teacher, write_sheet  # noqa: E402
-from datasets import Batches, Scenes, has_labels, make_sheet, some_of, to_float  # noqa: E402
+from datasets import Batches, Scenes, has_labels, make_sheet, some_of, to_float, to_uint8  # noqa: E402
 from losses import cross_entropy, linear, poly, set_lr, sigmoid_ramp_up, wide  # noqa: E402
 from models import (  # noqa: E402
     VGG16, EfficientNetLite, adain, adamw, load_trunk, pad_to_multiple, reflected, upsample,

@@ -28,14 +28,14 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules lie one folder up
 
 from runtime import (  # noqa: E402
-    Run, UserError, autocast, average_gradients, command_line, run_main, seed_torch, to_uint8,
+    Run, UserError, autocast, average_gradients, command_line, run_main, seed_torch,
 )  # fmt: skip
 
 # isort: split
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from datasets import Batches, Scenes, colourise, has_labels, make_sheet, to_float  # noqa: E402
+from datasets import Batches, Scenes, colourise, has_labels, make_sheet, to_float, to_uint8  # noqa: E402
 from losses import (  # noqa: E402
     class_weights, consistency, cross_entropy, poly, set_lr, sigmoid_ramp_up, wide,
 )  # fmt: skip

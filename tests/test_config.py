@@ -50,7 +50,7 @@ BAD = {  # what stands in mine.yaml -> what the one line has to say, as a regula
     "source: {size: [96]}": r"'source.size' must.*width\)", "source: {ids: [1]}": "'source.ids' must.* dict",
     "gan: {crop: [64, 4]}": r"'gan.crop' must.*height, width, or \[\]",
     "gan: {crop: 64}": "'gan.crop' must", "gan: {steps: ": "cannot be read as YAML.*line 1",
-    "name: !!python/object/apply:os.getcwd []": "cannot be read as YAML",
+    "name: !!python/object/apply:os.getcwd []": "cannot be read as YAML", "flip: 1\nflip: 1": "line 2: flip",
 }
 
 
@@ -129,7 +129,7 @@ def test_output_survives_ascii_terminals_and_closed_pipes(tmp_path, stage, monke
     result = {"miou": 0.5, "per_class": {"straße": 0.5}, "classes": ["straße"], "split": "val", "model": "",
               "variant": "tgcf_da", "step": 1, "steps": 1, "protocol": "", "config": {}, "confusion": [[1]]}
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval/a.json").write_text(json.dumps(result))
+    (tmp_path / "eval/x.json").write_text(json.dumps(result))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     runtime.run_main(lambda: stage("evaluate", "--table", tmp_path))
     assert re.search(rb"stra\?e\n.* 50\.00 \?", sys.stdout.buffer.getvalue())

@@ -16,7 +16,7 @@ from runtime import load_checkpoint, weights_digest
 
 WORKER = """
 import os, sys, time, torch
-import runtime, train_gan, train_selfens
+import augment, runtime, train_gan, train_selfens
 from pathlib import Path
 
 here, build, kept = Path(sys.argv.pop(1)), train_selfens.build_nets, []
@@ -31,6 +31,7 @@ def main():
     train_gan.report_fseg = tell_fseg
     train_gan.main()
     runtime.atomic_write = write
+    augment.main()
     train_selfens.main()
     weights = {name: getattr(kept[-1], name).state_dict() for name in ("student", "teacher")}
     torch.save(weights, here / f"rank{runtime.rank()}.pt")
@@ -69,10 +70,7 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_two_processes_agree_and_do_what_one_does(torchrun, stage):
-    """Equal weights in both, one log, one checkpoint; the losses of one process with twice the batch.
-
-    Both load f_seg as the one that writes it has left it, however slow the disk.
-    """
+    """Equal weights in both, f_seg's too on a slow disk; one log; the losses of one with twice the batch."""
     root, args, process = torchrun
     wait_for(lambda: (root / "pid0").exists() and (root / "pid1").exists(), process)
     saved = load_checkpoint(root / "out/run/gan/fseg/last.pt", "")["f_seg"]

@@ -28,7 +28,7 @@ import runtime
 import train_gan
 import train_selfens
 from losses import poly
-from runtime import Run, load_checkpoint, weights_digest
+from runtime import Run, UserError, load_checkpoint, refuse_changes, weights_digest
 
 STAGES = ("train_gan", "augment", "train_selfens", "evaluate")
 NOISE = "selfens.noise_std=0.1"  # an override that all runs have
@@ -264,6 +264,8 @@ def test_another_config_or_other_data_are_refused(duplicate, refused, tmp_path):
     """A finished run must not pass for the result of another config; key and both values are named."""
     assert "gan.lambda_sem (5.0 then, 3.0 now)" in refused("train_gan", *duplicate.args, "gan.lambda_sem=3")
     assert "selfens.lr (0.0003 then, 0.1 now)" in refused("train_selfens", *duplicate.args, "selfens.lr=0.1")
+    with pytest.raises(UserError, match="class_colours"):  # the same classes under other train ids
+        refuse_changes({"class_colours": {"a": 0, "b": 1}}, {"class_colours": {"b": 1, "a": 0}}, "run")
     line = refused("train_selfens", *duplicate.args, "augment.styles_per_image=1")
     assert "augment.styles_per_image (2 then, 1 now)" in line
     other = make_carla(tmp_path / "other", size=(44, 60))
