@@ -57,7 +57,7 @@ def torchrun(tmp_path_factory):
         process = subprocess.Popen([*words, root / "worker.py", root, *args], cwd=REPO, stdout=printed,
                                    stderr=subprocess.STDOUT, env=ENV | {"PYTHONPATH": str(REPO)})  # fmt: skip
     yield root, args, process
-    process.kill()
+    process.terminate()  # to kill torchrun would leave its processes running
     process.wait()
 
 
