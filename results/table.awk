@@ -1,7 +1,7 @@
 # Markdown tables of what `python evaluate.py --table RUN ...` prints, for the variants of the paper:
 #     ... | awk -v show="miou over" -f results/table.awk
 # Of val, or of val+test where that was evaluated. show is any of
-#     miou      mean ± deviation over the seeds, whose number stands behind the run
+#     miou      mean ± deviation over the seeds, the most of which stand behind the run
 #     gap       % of the way from Source Only to Target Only; mIoU of the classes that Target Only reads above 10
 #     over      differences within a run ± 95 % interval; bold where resolved
 #     between   differences of a variant from that of the first run, the same
@@ -29,7 +29,8 @@ $1 == "run" { for (classes = 0; 10 + classes <= NF; classes++) class[classes] = 
 
 $3 == "teacher" && $4 in splits && $2 in name {
     if (!first) first = $1
-    put("miou", $1 " (" $6 ")", name[$2], $7 ($6 > 1 ? "±" $9 : ""))
+    put("miou", $1, name[$2], $7 ($6 > 1 ? "±" $9 : ""))
+    if ($6 > seeds[$1]) seeds[$1] = $6
     if ($10 ~ /^-?[0-9]+$/) put("gap", $1, name[$2], $10 "; " $11)
     for (i = 0; i < classes; i++) put("class", class[i], name[$2], $(NF - classes + 1 + i))
 }
@@ -53,7 +54,7 @@ END {
         for (c = 1; c <= columns; c++) if ((table, column[c]) in used) { head = head column[c] "|"; rule = rule "---|" }
         print head "\n" rule
         for (r = 1; r <= count[table]; r++) {
-            line = "|" rows[table, r] "|"
+            line = "|" rows[table, r] (table == "miou" ? " (" seeds[rows[table, r]] ")" : "") "|"
             for (c = 1; c <= columns; c++) if ((table, column[c]) in used) line = line cell[table, rows[table, r], column[c]] "|"
             print line
         }
