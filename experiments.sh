@@ -8,7 +8,7 @@
 #     vgg16                         the five variants with the paper's own trunk, on the main row's images
 #     reinhard, fda, jitter         the controls: images by a translator that is not trained
 #     more                          as many steps again, from the seed's Source Only student
-#     labels                        4, 16 and 64 labelled target images (of day_dusk all 62)
+#     labels                        4, 16 and 64 labelled target images (all: day_dusk 62, streets 500)
 #     cyclegan, cut, fastcut, mcd, dcan     the methods of baselines/, alone and with self-ensembling
 #     dcan_images                   the images of the row dcan without its aligned features
 #     KEY=VALUE                     an ablation: of gan and fseg it makes images anew; others use the main row's
@@ -23,7 +23,7 @@ ROW=$1 PAIR=$2 SEED=${3:-0} KEYS="seed=${3:-0} ${*:4}"
 
 SPLITS=val FEW="4 16 64" LONG=1800
 case $PAIR in
-  streets) CFG=cfg.yaml LONG=480 ;;
+  streets) CFG=cfg.yaml LONG=480 FEW="4 16 64 500" ;;
   day_dusk) CFG=configs/camvid_day_dusk.yaml FEW="4 16 62" ;;
   carla) CFG=configs/carla_camvid.yaml SPLITS="val test val+test" ;;
   idd) CFG=configs/idd_camvid.yaml SPLITS="val test val+test" ;;
